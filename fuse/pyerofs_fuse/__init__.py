@@ -1,0 +1,1 @@
+"""Mount EROFS images through FUSE, without root: the command ``pyerofs-fuse``."""

@@ -1,0 +1,86 @@
+"""Read EROFS images.
+
+    import pyerofs
+
+    with pyerofs.open("system.erofs") as image:
+        print(image.read("etc/os-release").decode())
+
+``pyerofs.open`` gives an Image; ``pyerofs.Path`` is its pathlib-like face; ``pyerofs.aio`` is the
+same for trio.  Importing the package loads nothing heavy: codecs and trio come when needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyerofs.errors import (
+        CorruptImage,
+        ErofsError,
+        IsADirectory,
+        NoSuchXattr,
+        NotADirectory,
+        NotAFile,
+        NotASymlink,
+        NotFound,
+        SourceError,
+        TooManySymlinks,
+        TruncatedRead,
+        UnsupportedFeature,
+    )
+    from pyerofs.image import DirEntry, Image, open
+    from pyerofs.model import Extent, Inode
+    from pyerofs.path import Path
+    from pyerofs.superblock import Device, Superblock
+    from pyerofs.tree import Stat
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "errors": (
+        "CorruptImage", "ErofsError", "IsADirectory", "NoSuchXattr", "NotADirectory", "NotAFile",
+        "NotASymlink", "NotFound", "SourceError", "TooManySymlinks", "TruncatedRead",
+        "UnsupportedFeature",
+    ),
+    "image": ("DirEntry", "Image", "open"),
+    "model": ("Extent", "Inode"),
+    "path": ("Path",),
+    "superblock": ("Device", "Superblock"),
+    "tree": ("Stat",),
+}  # fmt: skip
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CorruptImage",
+    "Device",
+    "DirEntry",
+    "ErofsError",
+    "Extent",
+    "Image",
+    "Inode",
+    "IsADirectory",
+    "NoSuchXattr",
+    "NotADirectory",
+    "NotAFile",
+    "NotASymlink",
+    "NotFound",
+    "Path",
+    "SourceError",
+    "Stat",
+    "Superblock",
+    "TooManySymlinks",
+    "TruncatedRead",
+    "UnsupportedFeature",
+    "open",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'pyerofs' has no attribute {name!r}")
+    from importlib import import_module
+
+    found = getattr(import_module(f"pyerofs.{_HOME_OF[name]}"), name)
+    globals()[name] = found
+    return found

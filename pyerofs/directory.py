@@ -1,0 +1,122 @@
+"""Directories: lookup by binary search, listing block by block.
+
+A directory's data is a row of blocks.  Each starts with its 12-byte records, in the byte order of
+their names across the whole directory; the names follow.  A record tells where its name starts; the
+first name's place thus tells how many records there are, and the next record's where a name ends.
+The last name ends at a NUL or at the block's (or the directory's) end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pyerofs.data import read
+from pyerofs.errors import CorruptImage
+from pyerofs.model import Dirent, Inode
+from pyerofs.ondisk import DIRENT, NAME_LEN
+from pyerofs.volume import Volume
+
+_RECORD = DIRENT.unpack_from
+
+
+def lookup(vol: Volume, directory: Inode, name: bytes) -> tuple[int, int] | None:
+    """(nid, file type) of an entry, or None.  Reads O(log n) blocks.
+
+    Raises CorruptImage, SourceError, or a Fault of the memory."""
+    if name == b"." and directory.dot_omitted:
+        return directory.nid, 2
+    size = vol.sb.directory_block_size
+    low, high = 0, -(-directory.size // size)
+    block, count = b"", 0
+    while low < high:  # find the last block whose first name is not after ours
+        middle = (low + high) // 2
+        candidate, n = _block(vol, directory, middle)
+        first = _name(candidate, 0, n, directory)
+        if first == name:
+            nid, _, file_type = _RECORD(candidate, 0)
+            return nid, file_type
+        if first < name:
+            low = middle + 1
+            block, count = candidate, n
+        else:
+            high = middle
+    low, high = 1, count
+    while low < high:
+        middle = (low + high) // 2
+        found = _name(block, middle, count, directory)
+        if found == name:
+            nid, _, file_type = _RECORD(block, middle * 12)
+            return nid, file_type
+        if found < name:
+            low = middle + 1
+        else:
+            high = middle
+    return None
+
+
+def entries(vol: Volume, directory: Inode, cookie: int = 0) -> Iterator[Dirent]:
+    """All entries from ``cookie`` on, ``.`` and ``..`` included where they are stored.
+
+    Names come as they are stored; they are checked to be legal file names."""
+    size = vol.sb.directory_block_size
+    index, skip = divmod(cookie, size)
+    while index * size < directory.size:
+        yield from block_entries(vol, directory, index, -(-skip // 12))
+        index += 1
+        skip = 0
+
+
+def block_entries(vol: Volume, directory: Inode, index: int, first: int = 0) -> list[Dirent]:
+    """The entries of one directory block, from number ``first`` on."""
+    block, count = _block(vol, directory, index)
+    base = index * vol.sb.directory_block_size
+    records = list(DIRENT.iter_unpack(block[: count * 12]))
+    found = []
+    for i in range(first, count):
+        nid, start, file_type = records[i]
+        if i + 1 < count:
+            end = records[i + 1][1]
+            name = block[start:end]
+        else:
+            end = len(block)
+            name = block[start:].split(b"\0", 1)[0]
+        if start > end or start < count * 12 or not 0 < len(name) <= NAME_LEN:
+            raise _bogus(directory, index, i)
+        if b"/" in name or b"\0" in name:
+            raise _bogus(directory, index, i)
+        found.append(Dirent(name, nid, file_type, base + (i + 1) * 12))
+    if found:  # what follows the last entry is the next block
+        found[-1] = found[-1]._replace(cookie=base + vol.sb.directory_block_size)
+    return found
+
+
+def _block(vol: Volume, directory: Inode, index: int) -> tuple[bytes, int]:
+    """One directory block and how many records it has."""
+    size = vol.sb.directory_block_size
+    block = bytes(read(vol, directory, index * size, size))
+    if len(block) < 12:
+        raise CorruptImage(f"directory block {index} of {len(block)} bytes", nid=directory.nid)
+    start = block[8] | block[9] << 8
+    if start < 12 or start > len(block) or start % 12:
+        raise CorruptImage(
+            f"first name of directory block {index} at byte {start}", nid=directory.nid
+        )
+    return block, start // 12
+
+
+def _name(block: bytes, i: int, count: int, directory: Inode) -> bytes:
+    """The name of record ``i`` as far as comparing needs it."""
+    at = i * 12
+    start = block[at + 8] | block[at + 9] << 8
+    if i + 1 < count:
+        end = block[at + 20] | block[at + 21] << 8
+        name = block[start:end]
+    else:
+        name = block[start:].split(b"\0", 1)[0]
+    if not name:
+        raise CorruptImage(f"directory entry {i} without a name", nid=directory.nid)
+    return name
+
+
+def _bogus(directory: Inode, index: int, i: int) -> CorruptImage:
+    return CorruptImage(f"bad name in entry {i} of directory block {index}", nid=directory.nid)

@@ -1,0 +1,115 @@
+"""The exceptions of pyerofs.
+
+    Exception
+     +-- ErofsError                 anything pyerofs reports on purpose
+          +-- CorruptImage          the image contradicts the format (names offset and/or nid)
+          +-- UnsupportedFeature    valid or newer format that this version can't read (names it)
+          +-- NotFound              no such name                    (also a FileNotFoundError)
+          +-- NotADirectory         a path goes through a file      (also a NotADirectoryError)
+          +-- IsADirectory          file data asked of a directory  (also an IsADirectoryError)
+          +-- NotASymlink           link target asked of another type
+          +-- NotAFile              file data asked of a fifo, socket or device
+          +-- TooManySymlinks       more than 40 links in one path
+          +-- NoSuchXattr           no extended attribute of that name
+          +-- SourceError           the bytes behind the image could not be had
+               +-- TruncatedRead    the source ended before the bytes that were asked for
+
+Every message is one line that says what, where and, if something can be done, what to do.
+This module imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+class ErofsError(Exception):
+    """Base of all errors raised by pyerofs.  ``errno`` is what a file system call would answer."""
+
+    errno: int | None = errno.EIO
+
+
+class CorruptImage(ErofsError):
+    """The image contradicts the EROFS format.
+
+    ``offset`` (bytes from the image's start, or None) and ``nid`` (inode, or None) say where.
+    """
+
+    errno = errno.EUCLEAN
+
+    def __init__(self, what: str, *, offset: int | None = None, nid: int | None = None) -> None:
+        self.what = what
+        self.offset = offset
+        self.nid = nid
+        where = []
+        if nid is not None:
+            where.append(f"nid {nid}")
+        if offset is not None:
+            where.append(f"offset {offset:#x}")
+        super().__init__(f"corrupt image: {what}" + (f" ({', '.join(where)})" if where else ""))
+
+
+class UnsupportedFeature(ErofsError):
+    """The image needs a feature that this version of pyerofs does not know; the message names it."""
+
+    errno = errno.EOPNOTSUPP
+
+
+class _PathError(ErofsError, OSError):
+    """An error about one path: an ErofsError that is also the matching builtin OSError."""
+
+    text = "error"
+
+    def __init__(self, path: str | bytes) -> None:
+        self.path = path
+        shown = path.decode("utf-8", "backslashreplace") if isinstance(path, bytes) else path
+        OSError.__init__(self, type(self).errno, f"{self.text}: {shown!r}")
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+    def __reduce__(self) -> tuple[type[_PathError], tuple[str | bytes]]:
+        return type(self), (self.path,)
+
+
+class NotFound(_PathError, FileNotFoundError):
+    errno = errno.ENOENT
+    text = "no such file or directory in the image"
+
+
+class NotADirectory(_PathError, NotADirectoryError):
+    errno = errno.ENOTDIR
+    text = "not a directory"
+
+
+class IsADirectory(_PathError, IsADirectoryError):
+    errno = errno.EISDIR
+    text = "is a directory"
+
+
+class NotASymlink(_PathError):
+    errno = errno.EINVAL
+    text = "not a symbolic link"
+
+
+class NotAFile(_PathError):
+    errno = errno.EINVAL
+    text = "not a regular file"
+
+
+class TooManySymlinks(_PathError):
+    errno = errno.ELOOP
+    text = "too many levels of symbolic links"
+
+
+class NoSuchXattr(_PathError):
+    errno = errno.ENODATA
+    text = "no such extended attribute"
+
+
+class SourceError(ErofsError):
+    """The bytes behind an image could not be read; the message names the source and the range."""
+
+
+class TruncatedRead(SourceError):
+    """A source ended before the bytes that were asked for."""

@@ -1,0 +1,276 @@
+"""The synchronous API: open an image, look around, read.
+
+Thread-safe: any number of threads may use one Image.  Nothing is written, ever.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import BinaryIO, TypeAlias
+
+from pyerofs import data, extent, superblock, tree
+from pyerofs import inode as inodes
+from pyerofs.errors import NotADirectory
+from pyerofs.memory import DEFAULT_CACHE_SIZE, BlockingMemory
+from pyerofs.model import Dirent, Extent, Inode
+from pyerofs.sources.base import Source
+from pyerofs.sources.open import open_sources
+from pyerofs.tree import PathLike, Stat
+from pyerofs.volume import Volume
+
+Target: TypeAlias = PathLike | Inode  # wherever a path is taken, an Inode will do
+Openable: TypeAlias = str | os.PathLike[str] | BinaryIO | Source
+
+BUFFER_SIZE = 64 << 10
+
+
+def open(
+    what: Openable,
+    *,
+    offset: int = 0,
+    devices: Sequence[Openable] = (),
+    cache_size: int = DEFAULT_CACHE_SIZE,
+) -> Image:
+    """Open an EROFS image.
+
+    ``what`` is a path (regular file or block device), a seekable binary file object (not closed), or
+    a Source (closed with the image).  The image starts at byte ``offset`` of it.  ``devices`` are the
+    image's extra devices, in the order of its device table.  ``cache_size`` bounds, in bytes, what
+    is kept of metadata and decoded data.
+
+    Raises SourceError, CorruptImage, UnsupportedFeature."""
+    sources = open_sources(what, offset, devices)
+    try:
+        return Image(sources, cache_size)
+    except BaseException:
+        for source in sources:
+            source.close()
+        raise
+
+
+class DirEntry:
+    """An entry of a directory, like os.DirEntry."""
+
+    __slots__ = ("_image", "_inode", "dirent", "name", "path")
+
+    def __init__(self, image: Image, parent: str, dirent: Dirent) -> None:
+        self._image = image
+        self._inode: Inode | None = None
+        self.dirent = dirent
+        self.name = tree.decode(dirent.name)
+        self.path = f"{parent.rstrip('/')}/{self.name}"
+
+    @property
+    def inode(self) -> Inode:
+        """The entry's inode (never that of what a link points to)."""
+        if self._inode is None:
+            self._inode = self._image.inode(self.dirent.nid)
+        return self._inode
+
+    def stat(self) -> Stat:
+        """The entry's own stat; links are not followed."""
+        return self._image.stat(self.inode)
+
+    def is_dir(self) -> bool:
+        return self.inode.is_dir
+
+    def is_file(self) -> bool:
+        return self.inode.is_file
+
+    def is_symlink(self) -> bool:
+        return self.inode.is_symlink
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def __repr__(self) -> str:
+        return f"<DirEntry {self.path!r}>"
+
+
+class Image:
+    """An open EROFS image.  Made by ``pyerofs.open``.
+
+    Paths are str, bytes or os.PathLike; a leading ``/`` is optional; everywhere a path is taken, an
+    Inode will do.  Names come back as str with undecodable bytes as surrogate escapes.  All methods
+    block, and raise CorruptImage or SourceError where the image or its source is at fault."""
+
+    def __init__(self, sources: Sequence[Source], cache_size: int = DEFAULT_CACHE_SIZE) -> None:
+        self._sources = tuple(sources)
+        memory = BlockingMemory(self._sources, cache_size)
+        sb = superblock.load(lambda at, n: memory.bytes_at(0, at, n), memory.sizes[0])
+        self.volume = Volume(sb, memory, len(self._sources) - 1)
+        data.attach_metabox(self.volume)
+        self.root = tree.root(self.volume)
+
+    @property
+    def superblock(self) -> superblock.Superblock:
+        """What the superblock says: block size, features, label, times, devices …"""
+        return self.volume.sb
+
+    def close(self) -> None:
+        """Close what the image is read from.  Idempotent."""
+        for source in self._sources:
+            source.close()
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # inodes -----------------------------------------------------------------------------
+
+    def inode(self, nid: int) -> Inode:
+        """The inode with a given nid."""
+        return inodes.load(self.volume, nid)
+
+    def lookup(self, path: Target, *, follow_symlinks: bool = True) -> Inode:
+        """The inode at a path.  Raises NotFound, NotADirectory, TooManySymlinks."""
+        if isinstance(path, Inode):
+            return path
+        return tree.resolve(self.volume, tree.encode(path), follow_symlinks)
+
+    def exists(self, path: Target, *, follow_symlinks: bool = True) -> bool:
+        """Whether there is anything at a path (False for dangling links)."""
+        try:
+            self.lookup(path, follow_symlinks=follow_symlinks)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def stat(self, path: Target, *, follow_symlinks: bool = True) -> Stat:
+        """Stat of the inode at a path, as the kernel's driver shows it."""
+        return tree.stat(self.volume, self.lookup(path, follow_symlinks=follow_symlinks))
+
+    def readlink(self, path: Target) -> str:
+        """Where a symbolic link points.  Raises NotASymlink."""
+        inode = self.lookup(path, follow_symlinks=False)
+        return tree.decode(tree.link_target(self.volume, inode))
+
+    # extended attributes ----------------------------------------------------------------
+
+    def xattrs(self, path: Target, *, follow_symlinks: bool = True) -> dict[str, bytes]:
+        """All extended attributes, ``trusted.*`` included."""
+        found = tree.xattrs(self.volume, self.lookup(path, follow_symlinks=follow_symlinks))
+        return {tree.decode(name): value for name, value in found.items()}
+
+    def getxattr(
+        self, path: Target, name: str | bytes, *, follow_symlinks: bool = True
+    ) -> bytes:
+        """One extended attribute.  Raises NoSuchXattr."""
+        inode = self.lookup(path, follow_symlinks=follow_symlinks)
+        return tree.get_xattr(self.volume, inode, tree.encode(name))
+
+    # directories ------------------------------------------------------------------------
+
+    def scandir(self, path: Target = "/") -> Iterator[DirEntry]:
+        """The entries of a directory, one block at a time, in the image's (byte) order."""
+        parent = "" if isinstance(path, Inode) else tree.decode(tree.encode(path))
+        inode = self.lookup(path)
+        if not inode.is_dir:
+            raise NotADirectory(parent)
+        return (DirEntry(self, parent, e) for e in tree.entries(self.volume, inode))
+
+    def listdir(self, path: Target = "/") -> list[str]:
+        """The names in a directory."""
+        return [e.name for e in self.scandir(path)]
+
+    def walk(self, top: PathLike = "/") -> Iterator[tuple[str, list[DirEntry], list[DirEntry]]]:
+        """(path, directories, others) of each directory below ``top``, parents first.
+
+        Like os.walk, with DirEntries: what the caller removes from the list of directories is not
+        entered.  A directory that contains itself (a hostile image) raises CorruptImage."""
+        yield from _walk(self, tree.decode(tree.encode(top)), self.lookup(top))
+
+    # file data --------------------------------------------------------------------------
+
+    def open(self, path: Target) -> io.BufferedReader:
+        """A seekable, buffered binary file.  Raises IsADirectory, NotAFile."""
+        return io.BufferedReader(ErofsFile(self, self._file(path)), BUFFER_SIZE)
+
+    def read(self, path: Target, offset: int = 0, length: int | None = None) -> bytes:
+        """``length`` bytes of a file at ``offset``, by default all; fewer only at its end.
+
+        At most 2 GiB at once (ValueError)."""
+        inode = self._file(path)
+        if length is None:
+            length = inode.size
+        if offset < 0 or length < 0:
+            raise ValueError(f"negative offset or length: {offset}, {length}")
+        return bytes(data.read(self.volume, inode, offset, length))
+
+    def extents(self, path: Target) -> Iterator[Extent]:
+        """The extent map of a file, directory or link: where each range of it lies."""
+        inode = self.lookup(path)
+        return extent.extents(self.volume, inode, 0, inode.size)
+
+    def _file(self, path: Target) -> Inode:
+        inode = self.lookup(path)
+        if not inode.is_file:
+            shown = f"nid {inode.nid}" if isinstance(path, Inode) else tree.encode(path)
+            tree.require_file(inode, shown if isinstance(shown, str) else tree.decode(shown))
+        return inode
+
+
+MAX_DEPTH = 4096  # directories within directories; PATH_MAX allows half of that
+
+
+def _walk(
+    image: Image, top: str, inode: Inode
+) -> Iterator[tuple[str, list[DirEntry], list[DirEntry]]]:
+    from pyerofs.errors import CorruptImage
+
+    stack: list[tuple[str, Inode, frozenset[int]]] = [(top, inode, frozenset())]
+    while stack:
+        path, here, above = stack.pop()
+        if here.nid in above or len(above) > MAX_DEPTH:
+            raise CorruptImage("directory inside itself", nid=here.nid)
+        directories, others = [], []
+        for entry in (DirEntry(image, path, e) for e in tree.entries(image.volume, here)):
+            (directories if entry.is_dir() else others).append(entry)
+        yield path, directories, others
+        above |= {here.nid}
+        stack += [(e.path, e.inode, above) for e in reversed(directories)]
+
+
+class ErofsFile(io.RawIOBase):
+    """An unbuffered file in an image; ``Image.open`` wraps it in a BufferedReader."""
+
+    def __init__(self, image: Image, inode: Inode) -> None:
+        self._image = image
+        self.inode = inode
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.inode.size}
+        if whence not in base:
+            raise ValueError(f"invalid whence: {whence}")
+        if base[whence] + offset < 0:
+            raise ValueError(f"negative seek position {base[whence] + offset}")
+        self._position = base[whence] + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        found = data.read(self._image.volume, self.inode, self._position, len(buffer))
+        buffer[: len(found)] = found
+        self._position += len(found)
+        return len(found)
+
+    def readall(self) -> bytes:
+        found = data.read(self._image.volume, self.inode, self._position, self.inode.size)
+        self._position += len(found)
+        return bytes(found)

@@ -1,0 +1,69 @@
+"""The two protocols that every source of bytes follows, and their contract.
+
+- Ranges are half open: ``read_at(offset, length)`` is about ``[offset, offset + length)``.
+- ``read_at`` returns exactly ``length`` bytes or raises; there is no cursor; calls may run
+  concurrently, from any thread (``Source``) or task (``AsyncSource``).
+- ``peek`` never blocks: the bytes if they are in memory already, otherwise None.  It may always
+  answer None, and it answers None rather than report an error.
+- ``size`` is known from the start and does not change.
+
+This module imports only ``pyerofs.errors``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeAlias
+
+from pyerofs.errors import TruncatedRead
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+
+class Source(Protocol):
+    """Bytes to be read by threads."""
+
+    @property
+    def name(self) -> str:
+        """How messages call this source: a path, a URL.  Never holds a secret."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+
+    def peek(self, offset: int, length: int) -> Buffer | None:
+        """The bytes if they can be had without blocking."""
+
+    def read_at(self, offset: int, length: int) -> Buffer:
+        """Exactly ``length`` bytes; blocks.  Raises SourceError."""
+
+    def close(self) -> None:
+        """Release what is held.  Idempotent; reads afterwards raise."""
+
+
+class AsyncSource(Protocol):
+    """Bytes to be read by trio tasks."""
+
+    @property
+    def name(self) -> str:
+        """How messages call this source."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+
+    def peek(self, offset: int, length: int) -> Buffer | None:
+        """The bytes if they can be had without waiting."""
+
+    async def read_at(self, offset: int, length: int) -> Buffer:
+        """Exactly ``length`` bytes.  A checkpoint; raises SourceError; cancellable."""
+
+    async def aclose(self) -> None:
+        """Release what is held.  Idempotent."""
+
+
+def check_range(name: str, size: int, offset: int, length: int) -> None:
+    """Raise TruncatedRead unless ``[offset, offset + length)`` lies within ``size`` bytes."""
+    if offset < 0 or length < 0 or offset + length > size:
+        raise TruncatedRead(
+            f"{name}: bytes {offset}..{offset + length} asked for, but it ends at {size}"
+        )

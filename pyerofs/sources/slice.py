@@ -1,0 +1,31 @@
+"""A source that shows a part of another one: an image at an offset in a file."""
+
+from __future__ import annotations
+
+from pyerofs.errors import SourceError
+from pyerofs.sources.base import Buffer, Source, check_range
+
+
+class SliceSource:
+    """``length`` bytes of ``inner`` from ``offset`` (to its end by default).  Owns ``inner``."""
+
+    def __init__(self, inner: Source, offset: int, length: int | None = None) -> None:
+        if offset < 0 or offset > inner.size:
+            raise SourceError(f"{inner.name}: offset {offset} is outside its {inner.size} bytes")
+        self._inner = inner
+        self._offset = offset
+        self.size = inner.size - offset if length is None else length
+        self.name = f"{inner.name} at {offset}"
+        check_range(inner.name, inner.size, offset, self.size)
+
+    def peek(self, offset: int, length: int) -> Buffer | None:
+        if offset + length > self.size:
+            return None
+        return self._inner.peek(self._offset + offset, length)
+
+    def read_at(self, offset: int, length: int) -> Buffer:
+        check_range(self.name, self.size, offset, length)
+        return self._inner.read_at(self._offset + offset, length)
+
+    def close(self) -> None:
+        self._inner.close()

@@ -1,0 +1,216 @@
+"""Paths, stat and listings: what both APIs offer, as plain functions over a Volume.
+
+Names and link targets are bytes here.  A path is resolved within the image only: an absolute link
+target starts at the image's root, and ``..`` at the root stays there.
+"""
+
+from __future__ import annotations
+
+import os
+import stat as st
+from collections.abc import Iterator
+from typing import NamedTuple, TypeAlias
+
+from pyerofs import directory, xattr
+from pyerofs import inode as inodes
+from pyerofs.data import read
+from pyerofs.errors import (
+    CorruptImage,
+    IsADirectory,
+    NoSuchXattr,
+    NotADirectory,
+    NotAFile,
+    NotASymlink,
+    NotFound,
+    TooManySymlinks,
+)
+from pyerofs.model import Dirent, Inode
+from pyerofs.volume import Volume
+
+MAX_SYMLINKS = 40  # as Linux has it
+MAX_TARGET = 4096  # bytes of a link's target: PATH_MAX
+
+PathLike: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+
+class Stat(NamedTuple):
+    """What stat(2) shows for an inode when the kernel's driver has mounted the image."""
+
+    st_mode: int
+    st_ino: int
+    st_nlink: int
+    st_uid: int
+    st_gid: int
+    st_size: int
+    st_blksize: int
+    st_blocks: int  # in units of 512 bytes
+    st_rdev: int
+    st_mtime_ns: int
+
+    @property
+    def st_mtime(self) -> float:
+        return self.st_mtime_ns / 1e9
+
+    @property
+    def st_atime_ns(self) -> int:
+        """EROFS stores one time; it stands for all three."""
+        return self.st_mtime_ns
+
+    @property
+    def st_ctime_ns(self) -> int:
+        return self.st_mtime_ns
+
+
+def encode(path: PathLike) -> bytes:
+    """A path as bytes; str as UTF-8 with undecodable bytes as surrogate escapes."""
+    found = os.fspath(path)
+    return found if isinstance(found, bytes) else found.encode("utf-8", "surrogateescape")
+
+
+def decode(name: bytes) -> str:
+    """The reverse of ``encode``."""
+    return name.decode("utf-8", "surrogateescape")
+
+
+def root(vol: Volume) -> Inode:
+    """The root directory.  Raises CorruptImage if it is something else."""
+    found = inodes.load(vol, vol.sb.root_nid)
+    if not found.is_dir:
+        raise CorruptImage("root inode is not a directory", nid=found.nid)
+    return found
+
+
+def resolve(vol: Volume, path: bytes, follow: bool = True) -> Inode:
+    """The inode that a path leads to; ``follow``: through a link at its end as well.
+
+    Raises NotFound, NotADirectory, TooManySymlinks, CorruptImage, or a Fault of the memory."""
+    trail = [root(vol)]  # from the root down to where we are
+    todo = path.split(b"/")[::-1]
+    links = 0
+    while todo:
+        name = todo.pop()
+        here = trail[-1]
+        if not here.is_dir:
+            raise NotADirectory(path)
+        if not name or name == b".":
+            continue
+        if name == b"..":
+            if len(trail) > 1:
+                trail.pop()
+            continue
+        child = lookup(vol, here, name)
+        if child is None:
+            raise NotFound(path)
+        if child.is_symlink and (follow or any(todo)):
+            links += 1
+            if links > MAX_SYMLINKS:
+                raise TooManySymlinks(path)
+            target = link_target(vol, child)
+            if target.startswith(b"/"):
+                del trail[1:]
+            todo += target.split(b"/")[::-1]
+            continue
+        trail.append(child)
+    if path.endswith(b"/") and not trail[-1].is_dir:
+        raise NotADirectory(path)
+    return trail[-1]
+
+
+def lookup(vol: Volume, parent: Inode, name: bytes) -> Inode | None:
+    """The inode of one entry of a directory, or None."""
+    found = directory.lookup(vol, parent, name)
+    return None if found is None else inodes.load(vol, found[0])
+
+
+def link_target(vol: Volume, inode: Inode) -> bytes:
+    """Where a symbolic link points.  Raises NotASymlink, CorruptImage."""
+    if not inode.is_symlink:
+        raise NotASymlink(f"nid {inode.nid}")
+    if not 0 < inode.size <= MAX_TARGET:
+        raise CorruptImage(f"link target of {inode.size} bytes", nid=inode.nid)
+    target = bytes(read(vol, inode, 0, inode.size))
+    if b"\0" in target:
+        raise CorruptImage("NUL in a link target", nid=inode.nid)
+    return target
+
+
+def entries(vol: Volume, parent: Inode) -> Iterator[Dirent]:
+    """The entries of a directory without ``.`` and ``..``."""
+    if not parent.is_dir:
+        raise NotADirectory(f"nid {parent.nid}")
+    for entry in directory.entries(vol, parent):
+        if entry.name != b"." and entry.name != b"..":
+            yield entry
+
+
+def require_file(inode: Inode, path: str) -> None:
+    """Raise IsADirectory or NotAFile unless the inode has file data."""
+    if inode.is_dir:
+        raise IsADirectory(path)
+    if not inode.is_file:
+        raise NotAFile(path)
+
+
+def stat(vol: Volume, inode: Inode) -> Stat:
+    """An inode's stat."""
+    return Stat(
+        inode.mode,
+        inode_number(inode.nid),
+        inode.nlink,
+        inode.uid,
+        inode.gid,
+        inode.size,
+        vol.sb.block_size,
+        blocks_512(vol, inode),
+        inode.rdev,
+        inode.mtime_ns,
+    )
+
+
+def blocks_512(vol: Volume, inode: Inode) -> int:
+    """st_blocks: what a compressed file occupies, what another one's size needs."""
+    bits = vol.sb.block_bits
+    blocks = inode.blocks if inode.is_compressed else -(-inode.size >> bits)
+    return blocks << bits - 9
+
+
+def inode_number(nid: int) -> int:
+    """st_ino as the kernel's driver makes it from a nid: the metabox bit moves to bit 31."""
+    return nid << 1 & 0xFFFFFFFF00000000 | nid & 0x7FFFFFFF | nid >> 63 << 31
+
+
+def nid_of(number: int) -> int:
+    """The reverse of ``inode_number``."""
+    return number >> 1 & 0x7FFFFFFF80000000 | number & 0x7FFFFFFF | (number >> 31 & 1) << 63
+
+
+def file_type(inode: Inode) -> str:
+    """``file``, ``directory``, ``symlink`` …, for messages and listings."""
+    return _TYPES[st.S_IFMT(inode.mode)]
+
+
+_TYPES = {
+    st.S_IFREG: "file",
+    st.S_IFDIR: "directory",
+    st.S_IFLNK: "symlink",
+    st.S_IFCHR: "character device",
+    st.S_IFBLK: "block device",
+    st.S_IFIFO: "fifo",
+    st.S_IFSOCK: "socket",
+}
+
+
+def xattrs(vol: Volume, inode: Inode) -> dict[bytes, bytes]:
+    """All extended attributes; the first of a name counts, as for the kernel."""
+    found: dict[bytes, bytes] = {}
+    for name, value in xattr.items(vol, inode):
+        found.setdefault(name, value)
+    return found
+
+
+def get_xattr(vol: Volume, inode: Inode, name: bytes) -> bytes:
+    """One extended attribute.  Raises NoSuchXattr."""
+    value = xattr.get(vol, inode, name)
+    if value is None:
+        raise NoSuchXattr(name)
+    return value
