@@ -53,9 +53,14 @@ def piece(vol: Volume, inode: Inode, extent: Extent, skip: int, length: int) -> 
         return bytes(length)
     packed = packed_inode(vol, inode)
     data = read(vol, packed, extent.address + skip, length)
+    check_fragment(inode, data, length)
+    return data
+
+
+def check_fragment(inode: Inode, data: Buffer, length: int) -> None:
+    """Raise CorruptImage where the packed inode did not have all of a fragment."""
     if len(data) < length:
         raise CorruptImage("fragment beyond the packed inode's end", nid=inode.nid)
-    return data
 
 
 def pcluster(vol: Volume, inode: Inode, extent: Extent) -> Pcluster:

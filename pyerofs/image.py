@@ -185,7 +185,16 @@ class Image:
 
         Like os.walk, with DirEntries: what the caller removes from the list of directories is not
         entered.  A directory that contains itself (a hostile image) raises CorruptImage."""
-        yield from _walk(self, tree.decode(tree.encode(top)), self.lookup(top))
+        trail = tree.Trail(tree.decode(tree.encode(top)), self.lookup(top))
+        while (step := trail.next()) is not None:
+            path, here = step
+            directories: list[DirEntry] = []
+            others: list[DirEntry] = []
+            for dirent in tree.entries(self.volume, here):
+                entry = DirEntry(self, path, dirent)
+                (directories if entry.is_dir() else others).append(entry)
+            yield path, directories, others
+            trail.enter([(e.name, e.inode) for e in directories])
 
     # file data --------------------------------------------------------------------------
 
@@ -211,31 +220,8 @@ class Image:
 
     def _file(self, path: Target) -> Inode:
         inode = self.lookup(path)
-        if not inode.is_file:
-            shown = f"nid {inode.nid}" if isinstance(path, Inode) else tree.encode(path)
-            tree.require_file(inode, shown if isinstance(shown, str) else tree.decode(shown))
+        tree.require_file(inode, path)
         return inode
-
-
-MAX_DEPTH = 4096  # directories within directories; PATH_MAX allows half of that
-
-
-def _walk(
-    image: Image, top: str, inode: Inode
-) -> Iterator[tuple[str, list[DirEntry], list[DirEntry]]]:
-    from pyerofs.errors import CorruptImage
-
-    stack: list[tuple[str, Inode, frozenset[int]]] = [(top, inode, frozenset())]
-    while stack:
-        path, here, above = stack.pop()
-        if here.nid in above or len(above) > MAX_DEPTH:
-            raise CorruptImage("directory inside itself", nid=here.nid)
-        directories, others = [], []
-        for entry in (DirEntry(image, path, e) for e in tree.entries(image.volume, here)):
-            (directories if entry.is_dir() else others).append(entry)
-        yield path, directories, others
-        above |= {here.nid}
-        stack += [(e.path, e.inode, above) for e in reversed(directories)]
 
 
 class ErofsFile(io.RawIOBase):

@@ -28,6 +28,7 @@ from pyerofs.model import Dirent, Inode
 from pyerofs.volume import Volume
 
 MAX_SYMLINKS = 40  # as Linux has it
+MAX_DEPTH = 4096  # directories within directories; PATH_MAX allows half of that
 MAX_TARGET = 4096  # bytes of a link's target: PATH_MAX
 
 PathLike: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -143,12 +144,44 @@ def entries(vol: Volume, parent: Inode) -> Iterator[Dirent]:
             yield entry
 
 
-def require_file(inode: Inode, path: str) -> None:
+class Trail:
+    """The directories still to visit on a walk, parents before children, each below its own.
+
+    ``next`` gives one, with its path; ``enter`` adds the directories found in that one."""
+
+    def __init__(self, path: str, start: Inode) -> None:
+        self._todo: list[tuple[str, Inode, frozenset[int]]] = [(path, start, frozenset())]
+        self._path = ""
+        self._above: frozenset[int] = frozenset()
+
+    def next(self) -> tuple[str, Inode] | None:
+        """The next directory, or None at the end.  Raises CorruptImage where it contains itself."""
+        if not self._todo:
+            return None
+        self._path, here, above = self._todo.pop()
+        if here.nid in above or len(above) >= MAX_DEPTH:
+            raise CorruptImage("directory inside itself", nid=here.nid)
+        self._above = above | {here.nid}
+        return self._path, here
+
+    def enter(self, directories: list[tuple[str, Inode]]) -> None:
+        """Visit these, found in the directory that ``next`` gave last."""
+        base = self._path.rstrip("/")
+        for name, inode in reversed(directories):
+            self._todo.append((f"{base}/{name}", inode, self._above))
+
+
+def require_file(inode: Inode, path: PathLike | Inode) -> None:
     """Raise IsADirectory or NotAFile unless the inode has file data."""
     if inode.is_dir:
-        raise IsADirectory(path)
+        raise IsADirectory(shown(inode, path))
     if not inode.is_file:
-        raise NotAFile(path)
+        raise NotAFile(shown(inode, path))
+
+
+def shown(inode: Inode, path: PathLike | Inode) -> str:
+    """How messages call what was asked for."""
+    return f"nid {inode.nid}" if isinstance(path, Inode) else decode(encode(path))
 
 
 def stat(vol: Volume, inode: Inode) -> Stat:

@@ -1,0 +1,111 @@
+"""Open the image, mount it, serve it until it is unmounted or told to stop."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import stat
+import sys
+
+import pyfuse3
+import trio
+
+import pyerofs.aio
+from pyerofs.errors import ErofsError
+from pyerofs_fuse.daemon import Report
+from pyerofs_fuse.operations import Operations
+from pyerofs_fuse.options import Options, fuse_words
+
+log = logging.getLogger("pyerofs-fuse")
+
+GRACE = 1.0  # seconds that requests get to finish once we are told to stop
+
+
+class MountError(Exception):
+    """The mount can't be made; the message is one line."""
+
+
+async def serve(options: Options, report: Report) -> None:
+    """Mount and serve.  Returns when the mount is gone.  Reports, and ends, on failure."""
+    try:
+        async with pyerofs.aio.open(
+            options.image,
+            offset=options.offset,
+            devices=options.devices,
+            cache_size=options.cache_size,
+        ) as image:
+            operations = Operations(image, shared=options.shared)
+            mount(operations, options)
+            try:
+                await _run(operations, report)
+            finally:
+                pyfuse3.close()
+    except (ErofsError, MountError) as e:
+        report.failed(str(e))
+
+
+def mount(operations: Operations, options: Options) -> None:
+    """Mount, and turn what libfuse and fusermount3 print into one line.  Raises MountError."""
+    said = os.memfd_create("libfuse-messages")
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    os.dup2(said, 2)
+    try:
+        pyfuse3.init(operations, options.mountpoint, set(fuse_words(options)))
+    except RuntimeError:
+        text = os.pread(said, 4096, 0).decode("utf-8", "replace")
+        raise MountError(f"{options.mountpoint}: {_explain(text)}") from None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(said)
+
+
+def _explain(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if any("user_allow_other" in line for line in lines):
+        return "allow_other needs the line user_allow_other in /etc/fuse.conf (or root)"
+    return lines[0] if lines else "can't be mounted (libfuse gives no reason)"
+
+
+def check(options: Options) -> None:
+    """Find, before anything is done, what libfuse would only fail at vaguely.  Raises MountError."""
+    where = options.mountpoint
+    try:
+        mode = os.stat(where).st_mode
+    except OSError as e:
+        hint = ""
+        if e.errno == errno.ENOTCONN:
+            hint = f" (a dead mount is in the way: fusermount3 -u {where})"
+        raise MountError(f"{where}: {e.strerror}{hint}") from None
+    if not stat.S_ISDIR(mode):
+        raise MountError(f"{where}: not a directory")
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as e:
+        raise MountError(
+            f"/dev/fuse: {e.strerror}; without it, try `pyerofs extract` or `pyerofs-nbd`"
+        ) from None
+
+
+async def _run(operations: Operations, report: Report) -> None:
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            nursery.start_soon(_stop_on, signals, operations, nursery.cancel_scope)
+            report.ready()
+            log.info("mounted")
+            await pyfuse3.main()
+            nursery.cancel_scope.cancel()
+
+
+async def _stop_on(
+    signals: object, operations: Operations, scope: trio.CancelScope
+) -> None:
+    async for number in signals:  # type: ignore[attr-defined]
+        log.info("stopping on signal %d", number)
+        operations.stop()
+        pyfuse3.terminate()
+        await trio.sleep(GRACE)
+        scope.cancel()

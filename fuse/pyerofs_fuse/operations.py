@@ -1,0 +1,335 @@
+"""pyfuse3's operations over an AsyncImage: an adapter, with no logic of the format in it.
+
+Node ids are inode numbers, which are nids in another notation, so no table of inodes is kept.  Most
+answers come straight from memory; an operation that has to wait does so in a cancel scope of its
+own, so that stopping the daemon answers it with EIO.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import stat
+from collections.abc import Awaitable, Callable
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext
+
+from pyerofs import directory, tree, xattr
+from pyerofs import inode as inodes
+from pyerofs.aio import AsyncFile, AsyncImage
+from pyerofs.errors import CorruptImage, ErofsError
+from pyerofs.memory import Fault
+from pyerofs.model import Dirent, Inode
+from pyerofs.ondisk import NAME_LEN
+from pyerofs.sources.base import Buffer
+
+log = logging.getLogger("pyerofs-fuse")
+
+FOREVER = 1e9  # seconds; the image can't change
+ENTRIES_AT_ONCE = 128  # directory entries prepared in one go: a fraction of a millisecond
+MAX_DIRECTORIES = 1024  # inodes of directories that are kept decoded
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+P = ParamSpec("P")
+
+# FUSE reserves node id 1 for the root, 0 for "none": a nid that would take one of these moves to the
+# far end, where no nid can be (it would lie 2^68 bytes into the image).
+_NODE_OF = {0: 2**64 - 2, 1: 2**64 - 1}
+_NUMBER_OF = {node: number for number, node in _NODE_OF.items()}
+
+_MODE_OF_TYPE = {
+    1: stat.S_IFREG, 2: stat.S_IFDIR, 3: stat.S_IFCHR, 4: stat.S_IFBLK,
+    5: stat.S_IFIFO, 6: stat.S_IFSOCK, 7: stat.S_IFLNK,
+}  # fmt: skip
+
+
+def answers(
+    metadata: bool,
+) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Awaitable[T]]]:
+    """Turn every exception of an operation into the errno that the kernel's driver would give:
+    EUCLEAN for corrupt metadata, EIO for corrupt data.  Nothing but FUSEError gets out, because
+    anything else would end the mount."""
+
+    def wrap(operation: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+        @functools.wraps(operation)
+        async def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return await operation(*args, **kwargs)
+            except FUSEError:
+                raise
+            except ErofsError as e:
+                operations = args[0]
+                assert isinstance(operations, Operations)
+                operations.report(e)
+                code = e.errno or errno.EIO
+                if isinstance(e, CorruptImage) and not metadata:
+                    code = errno.EIO
+                raise FUSEError(code) from None
+            except Exception:
+                log.exception("%s failed unexpectedly", operation.__name__)
+                raise FUSEError(errno.EIO) from None
+
+        return guarded
+
+    return wrap
+
+
+class DirectoryHandle:
+    """An open directory and the entries prepared last: rows of (entry, inode or None)."""
+
+    __slots__ = ("inode", "rows", "start")
+
+    def __init__(self, inode: Inode) -> None:
+        self.inode = inode
+        self.start = -1  # the cookie that ``rows`` begin at
+        self.rows: list[tuple[Dirent, Inode | None]] = []
+
+
+class Operations(pyfuse3.Operations):  # type: ignore[misc]
+    """The read-only operations.  Writes never arrive: the mount is read-only."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+
+    def __init__(self, image: AsyncImage, *, shared: bool) -> None:
+        """``shared``: other users may look in, so the kernel has to check permissions and ACLs."""
+        super().__init__()
+        self.enable_acl = shared
+        self._image = image
+        self._volume = image.volume
+        self._root_nid = image.volume.sb.root_nid
+        self._handles: dict[int, AsyncFile | DirectoryHandle] = {}
+        self._next_handle = 1
+        self._directories: dict[int, Inode] = {}
+        self._waiting: set[trio.CancelScope] = set()
+        self._reported: set[int | None] = set()
+
+    # what all operations use ---------------------------------------------------------
+
+    def stop(self) -> None:
+        """Answer EIO to whatever is waiting."""
+        for scope in list(self._waiting):
+            scope.cancel()
+
+    def report(self, e: ErofsError) -> None:
+        """Log an error, but only the first one about an inode."""
+        nid = getattr(e, "nid", None)
+        if isinstance(e, CorruptImage):
+            if nid in self._reported or len(self._reported) > 10_000:
+                return
+            self._reported.add(nid)
+        if not isinstance(e, OSError):
+            log.error("%s", e)
+
+    async def _run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Call a parser function; wait only if something it needs is not in memory."""
+        try:
+            return function(*args)
+        except Fault:
+            return await self._wait(self._image.call(function, *args))
+
+    async def _wait(self, work: Awaitable[T]) -> T:
+        scope = trio.CancelScope()
+        self._waiting.add(scope)
+        try:
+            with scope:
+                return await work
+        finally:
+            self._waiting.discard(scope)
+        raise FUSEError(errno.EIO)  # the daemon is stopping
+
+    def _nid(self, node: int) -> int:
+        if node == pyfuse3.ROOT_INODE:
+            return self._root_nid
+        return tree.nid_of(_NUMBER_OF.get(node, node))
+
+    def _node(self, nid: int) -> int:
+        if nid == self._root_nid:
+            return pyfuse3.ROOT_INODE
+        number = tree.inode_number(nid)
+        return _NODE_OF.get(number, number)
+
+    async def _inode(self, node: int) -> Inode:
+        nid = self._nid(node)
+        return self._directories.get(nid) or await self._run(inodes.load, self._volume, nid)
+
+    async def _directory(self, node: int) -> Inode:
+        """The inode of a directory; kept, because lookups in one come in rows."""
+        nid = self._nid(node)
+        found = self._directories.get(nid)
+        if found is None:
+            found = await self._run(inodes.load, self._volume, nid)
+            if not found.is_dir:
+                raise FUSEError(errno.ENOTDIR)
+            if len(self._directories) >= MAX_DIRECTORIES:
+                del self._directories[next(iter(self._directories))]
+            self._directories[nid] = found
+        return found
+
+    def _attributes(self, inode: Inode, number: int) -> EntryAttributes:
+        """``number``: the node id, except for getattr, which shows the inode number."""
+        attr = EntryAttributes()
+        attr.st_ino = number
+        attr.st_mode = inode.mode
+        attr.st_nlink = inode.nlink
+        attr.st_uid = inode.uid
+        attr.st_gid = inode.gid
+        attr.st_rdev = inode.rdev
+        attr.st_size = inode.size
+        attr.st_blksize = self._volume.sb.block_size
+        attr.st_blocks = tree.blocks_512(self._volume, inode)
+        time = inode.mtime * 1_000_000_000 + inode.mtime_nsec
+        attr.st_atime_ns = attr.st_mtime_ns = attr.st_ctime_ns = time
+        attr.entry_timeout = attr.attr_timeout = FOREVER
+        return attr
+
+    def _handle(self, opened: AsyncFile | DirectoryHandle) -> int:
+        number = self._next_handle
+        self._next_handle += 1
+        self._handles[number] = opened
+        return number
+
+    # inodes --------------------------------------------------------------------------
+
+    @answers(metadata=True)
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: RequestContext | None = None
+    ) -> EntryAttributes:
+        if len(name) > NAME_LEN:
+            raise FUSEError(errno.ENAMETOOLONG)
+        parent = await self._directory(parent_inode)
+        inode = await self._run(tree.lookup, self._volume, parent, name)
+        if inode is None:  # an answer that the kernel may keep, unlike an error
+            missing = EntryAttributes()
+            missing.st_ino = 0
+            missing.entry_timeout = FOREVER
+            return missing
+        return self._attributes(inode, self._node(inode.nid))
+
+    @answers(metadata=True)
+    async def getattr(self, inode: int, ctx: RequestContext | None = None) -> EntryAttributes:
+        found = await self._inode(inode)
+        return self._attributes(found, tree.inode_number(found.nid))
+
+    @answers(metadata=True)
+    async def readlink(self, inode: int, ctx: RequestContext | None = None) -> bytes:
+        return await self._run(tree.link_target, self._volume, await self._inode(inode))
+
+    @answers(metadata=True)
+    async def access(self, inode: int, mode: int, ctx: RequestContext | None = None) -> bool:
+        """Only asked of private mounts, whose owner may do everything but write."""
+        return True
+
+    @answers(metadata=True)
+    async def statfs(self, ctx: RequestContext | None = None) -> pyfuse3.StatvfsData:
+        sb = self._volume.sb
+        s = pyfuse3.StatvfsData()
+        s.f_bsize = s.f_frsize = sb.block_size
+        s.f_blocks = sb.total_blocks
+        s.f_bfree = s.f_bavail = 0
+        s.f_files = 2**64 - 1  # as the kernel has it: all but the used ones are free
+        s.f_ffree = s.f_favail = 2**64 - 1 - sb.inodes
+        s.f_namemax = NAME_LEN
+        return s
+
+    # extended attributes -------------------------------------------------------------
+
+    @answers(metadata=True)
+    async def getxattr(
+        self, inode: int, name: bytes, ctx: RequestContext | None = None
+    ) -> bytes:
+        if name.startswith(b"trusted.") and ctx is not None and ctx.uid != 0:
+            raise FUSEError(errno.ENODATA)
+        return await self._run(tree.get_xattr, self._volume, await self._inode(inode), name)
+
+    @answers(metadata=True)
+    async def listxattr(self, inode: int, ctx: RequestContext | None = None) -> list[bytes]:
+        found = await self._inode(inode)
+        names = await self._run(xattr.names, self._volume, found)
+        if ctx is not None and ctx.uid != 0:
+            names = [n for n in names if not n.startswith(b"trusted.")]
+        return names
+
+    # directories ---------------------------------------------------------------------
+
+    @answers(metadata=True)
+    async def opendir(self, inode: int, ctx: RequestContext | None = None) -> int:
+        return self._handle(DirectoryHandle(await self._directory(inode)))
+
+    @answers(metadata=True)
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        handle = self._handles[fh]
+        assert isinstance(handle, DirectoryHandle)
+        reply = pyfuse3.readdir_reply
+        while True:
+            rows = handle.rows
+            if handle.start != start_id or not rows:
+                rows = await self._run(self._prepare, handle.inode, start_id)
+                if not rows:
+                    return
+            for i, (entry, inode) in enumerate(rows):
+                if inode is None:  # broken: its name is listed, looking at it gives the error
+                    attr = EntryAttributes()
+                    attr.st_ino = 0
+                    attr.st_mode = _MODE_OF_TYPE.get(entry.file_type, stat.S_IFREG)
+                else:
+                    attr = self._attributes(inode, self._node(inode.nid))
+                if not reply(token, entry.name, attr, entry.cookie):
+                    handle.rows = rows[i:]
+                    handle.start = start_id
+                    return
+                start_id = entry.cookie
+            handle.rows = []
+
+    def _prepare(self, parent: Inode, cookie: int) -> list[tuple[Dirent, Inode | None]]:
+        """Some entries from ``cookie`` on, with their inodes; [] at the end."""
+        vol = self._volume
+        size = vol.sb.directory_block_size
+        index, skip = divmod(cookie, size)
+        end = -(-parent.size // size) * size
+        if cookie >= end:  # where "." is not stored, it comes last, as from the kernel
+            if cookie > end or not parent.dot_omitted:
+                return []
+            return [(Dirent(b".", parent.nid, 2, end + 1), parent)]
+        found: list[tuple[Dirent, Inode | None]] = []
+        block = directory.block_entries(vol, parent, index, -(-skip // 12))
+        for entry in block[:ENTRIES_AT_ONCE]:
+            try:
+                found.append((entry, inodes.load(vol, entry.nid)))
+            except ErofsError as e:
+                self.report(e)
+                found.append((entry, None))
+        return found
+
+    @answers(metadata=True)
+    async def releasedir(self, fh: int) -> None:
+        del self._handles[fh]
+
+    # files ---------------------------------------------------------------------------
+
+    @answers(metadata=True)
+    async def open(self, inode: int, flags: int, ctx: RequestContext | None = None) -> FileInfo:
+        found = await self._inode(inode)
+        return FileInfo(fh=self._handle(AsyncFile(self._image, found)), keep_cache=True)
+
+    @answers(metadata=False)
+    async def read(self, fh: int, off: int, size: int) -> Buffer:
+        file: Any = self._handles[fh]
+        try:
+            found: Buffer = file.read_now(off, size)
+        except Fault:
+            found = await self._wait(file.read_at(off, size))
+        return found
+
+    @answers(metadata=True)
+    async def release(self, fh: int) -> None:
+        del self._handles[fh]
+
+    @answers(metadata=True)
+    async def flush(self, fh: int) -> None:
+        """close(2): nothing to write back."""

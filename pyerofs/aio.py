@@ -1,0 +1,405 @@
+"""The same API for trio: ``async with pyerofs.aio.open(...) as image``.
+
+The parser stays synchronous.  A call runs it against a memory that faults: usually all it needs is
+there and it returns at once, without a trip through the event loop; otherwise what is missing is
+fetched and decoded (in worker threads), pinned, and the parser called again.
+
+Checkpoints: a method is a checkpoint only if it has to wait.  Cancellation is safe everywhere; work
+that other tasks wait for as well is taken over by one of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from contextlib import asynccontextmanager
+from typing import TypeVar, TypeVarTuple
+
+import trio
+
+from pyerofs import data, directory, superblock, tree
+from pyerofs import inode as inodes
+from pyerofs.errors import ErofsError, NotADirectory
+from pyerofs.extent import extents
+from pyerofs.image import Openable, Target
+from pyerofs.memory import (
+    DEFAULT_CACHE_SIZE,
+    Fault,
+    FaultingMemory,
+    NotDecoded,
+    NotResident,
+    Pcluster,
+    cheap,
+)
+from pyerofs.model import ENCODED, FRAGMENT, PLAIN, Dirent, Extent, Inode
+from pyerofs.sources.base import AsyncSource, Buffer
+from pyerofs.sources.open import open_sources
+from pyerofs.sources.threaded import ThreadedSource
+from pyerofs.tree import PathLike, Stat
+from pyerofs.volume import Volume
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+MAX_FAULTS = 1024  # of one parser call: a path through forty directories needs a few dozen
+MAX_PINNED = 256 << 20  # bytes held for one parser call
+MAX_PIECES = 32  # extents of one read that are fetched and decoded at the same time
+
+
+@asynccontextmanager
+async def open(
+    what: Openable,
+    *,
+    offset: int = 0,
+    devices: Sequence[Openable] = (),
+    cache_size: int = DEFAULT_CACHE_SIZE,
+) -> AsyncIterator[AsyncImage]:
+    """Open an EROFS image for the time of an ``async with`` block.
+
+    The arguments and errors are those of ``pyerofs.open``."""
+    opened = [ThreadedSource(s) for s in open_sources(what, offset, devices)]
+    image = AsyncImage(opened, cache_size)
+    try:
+        await image.start()
+        yield image
+    finally:
+        with trio.CancelScope(shield=True):
+            for source in opened:
+                await source.aclose()
+
+
+class Flight:
+    """Something that one task is getting and others wait for."""
+
+    __slots__ = ("done", "error", "result")
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.result: Buffer | None = None
+        self.error: ErofsError | None = None
+
+
+class AsyncImage:
+    """An open EROFS image.  Made by ``pyerofs.aio.open``; for one event loop.
+
+    The methods are those of ``pyerofs.Image``."""
+
+    volume: Volume
+    root: Inode
+
+    def __init__(
+        self, sources: Sequence[AsyncSource], cache_size: int = DEFAULT_CACHE_SIZE
+    ) -> None:
+        self._sources = tuple(sources)
+        self.memory = FaultingMemory(
+            [s.peek for s in sources],
+            [s.size for s in sources],
+            [s.name for s in sources],
+            cache_size,
+        )
+        self._flights: dict[Hashable, Flight] = {}
+        self._decoders = trio.CapacityLimiter(os.cpu_count() or 1)
+
+    async def start(self) -> None:
+        """Read the superblock and the special inodes.  Raises CorruptImage, UnsupportedFeature."""
+        memory = self.memory
+        sb = await self.call(
+            superblock.load, lambda at, n: memory.bytes_at(0, at, n), memory.sizes[0]
+        )
+        self.volume = Volume(sb, memory, len(self._sources) - 1)
+        await self.call(data.attach_metabox, self.volume)
+        self.root = await self.call(tree.root, self.volume)
+
+    @property
+    def superblock(self) -> superblock.Superblock:
+        return self.volume.sb
+
+    # the page-fault loop ----------------------------------------------------------------
+
+    async def call(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Call a parser function until nothing that it needs is missing."""
+        try:
+            return function(*args)
+        except Fault as e:
+            fault = e
+        memory = self.memory
+        pins: dict[object, Buffer] = {}
+        pinned = 0
+        for _ in range(MAX_FAULTS):
+            if isinstance(fault, NotResident):
+                key: Hashable = (fault.device, fault.offset, fault.length)
+                found: Buffer = await self._fetch(fault.device, fault.offset, fault.length)
+            else:
+                assert isinstance(fault, NotDecoded)
+                key = fault.pcluster
+                found = await self._decoded(fault.pcluster)
+            pins[key] = found
+            pinned += len(found)
+            if pinned > MAX_PINNED:
+                break
+            memory.pins = pins
+            try:
+                return function(*args)
+            except Fault as e:
+                fault = e
+            finally:
+                memory.pins = {}
+        raise ErofsError(f"one operation needs more than {MAX_FAULTS} pieces or {MAX_PINNED} bytes")
+
+    async def _fetch(self, device: int, offset: int, length: int) -> Buffer:
+        source = self._sources[device]
+        return await self._once(
+            (device, offset, length), lambda: source.read_at(offset, length), lambda _: True
+        )
+
+    async def _decoded(self, pcluster: Pcluster) -> bytes:
+        """The decoded bytes of a pcluster; decoded once for all that want it."""
+        found = self.memory.pclusters.get(pcluster[:5])
+        if found is not None and len(found) >= pcluster.length:
+            return found
+        out = await self._once(
+            pcluster[:5],
+            lambda: self._decode(pcluster),
+            lambda result: len(result) >= pcluster.length,
+        )
+        assert isinstance(out, bytes)
+        return out
+
+    async def _decode(self, pcluster: Pcluster) -> bytes:
+        encoded = await self.call(self.memory.encoded, pcluster)
+        if cheap(pcluster):
+            return self.memory.decode(pcluster, encoded)
+        return await trio.to_thread.run_sync(
+            self.memory.decode, pcluster, encoded, limiter=self._decoders
+        )
+
+    async def _once(
+        self, key: Hashable, get: Callable[[], Awaitable[T]], enough: Callable[[T], bool]
+    ) -> T:
+        """Run ``get`` unless another task does already; then share what that gets, if enough."""
+        flights = self._flights
+        while (flight := flights.get(key)) is not None:
+            await flight.done.wait()
+            if flight.error is not None:
+                raise flight.error
+            result: T = flight.result  # type: ignore[assignment]
+            if result is not None and enough(result):
+                return result
+            # the other task was cancelled, or wanted less: our turn
+        flight = flights[key] = Flight()
+        try:
+            result = await get()
+            flight.result = result  # type: ignore[assignment]
+            return result
+        except ErofsError as e:
+            flight.error = e
+            raise
+        finally:
+            del flights[key]
+            flight.done.set()
+
+    # inodes -----------------------------------------------------------------------------
+
+    async def inode(self, nid: int) -> Inode:
+        """The inode with a given nid."""
+        return await self.call(inodes.load, self.volume, nid)
+
+    async def lookup(self, path: Target, *, follow_symlinks: bool = True) -> Inode:
+        """The inode at a path.  Raises NotFound, NotADirectory, TooManySymlinks."""
+        if isinstance(path, Inode):
+            return path
+        return await self.call(tree.resolve, self.volume, tree.encode(path), follow_symlinks)
+
+    async def child(self, parent: Inode, name: bytes) -> Inode | None:
+        """The inode of one entry of a directory, or None."""
+        return await self.call(tree.lookup, self.volume, parent, name)
+
+    async def exists(self, path: Target, *, follow_symlinks: bool = True) -> bool:
+        """Whether there is anything at a path (False for dangling links)."""
+        try:
+            await self.lookup(path, follow_symlinks=follow_symlinks)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    async def stat(self, path: Target, *, follow_symlinks: bool = True) -> Stat:
+        """Stat of the inode at a path, as the kernel's driver shows it."""
+        return tree.stat(self.volume, await self.lookup(path, follow_symlinks=follow_symlinks))
+
+    async def readlink(self, path: Target) -> str:
+        """Where a symbolic link points.  Raises NotASymlink."""
+        inode = await self.lookup(path, follow_symlinks=False)
+        return tree.decode(await self.call(tree.link_target, self.volume, inode))
+
+    # extended attributes ----------------------------------------------------------------
+
+    async def xattrs(self, path: Target, *, follow_symlinks: bool = True) -> dict[str, bytes]:
+        """All extended attributes, ``trusted.*`` included."""
+        inode = await self.lookup(path, follow_symlinks=follow_symlinks)
+        found = await self.call(tree.xattrs, self.volume, inode)
+        return {tree.decode(name): value for name, value in found.items()}
+
+    async def getxattr(
+        self, path: Target, name: str | bytes, *, follow_symlinks: bool = True
+    ) -> bytes:
+        """One extended attribute.  Raises NoSuchXattr."""
+        inode = await self.lookup(path, follow_symlinks=follow_symlinks)
+        return await self.call(tree.get_xattr, self.volume, inode, tree.encode(name))
+
+    # directories ------------------------------------------------------------------------
+
+    async def block_entries(self, parent: Inode, index: int, first: int = 0) -> list[Dirent]:
+        """The entries of one directory block, ``.`` and ``..`` included; [] beyond the end."""
+        if index * self.volume.sb.directory_block_size >= parent.size:
+            return []
+        return await self.call(directory.block_entries, self.volume, parent, index, first)
+
+    async def scandir(self, path: Target = "/") -> AsyncIterator[Dirent]:
+        """The entries of a directory, one block at a time, without ``.`` and ``..``."""
+        inode = await self.lookup(path)
+        if not inode.is_dir:
+            raise NotADirectory(tree.shown(inode, path))
+        index = 0
+        while entries := await self.block_entries(inode, index):
+            for entry in entries:
+                if entry.name not in (b".", b".."):
+                    yield entry
+            index += 1
+
+    async def listdir(self, path: Target = "/") -> list[str]:
+        """The names in a directory."""
+        return [tree.decode(e.name) async for e in self.scandir(path)]
+
+    async def walk(
+        self, top: PathLike = "/"
+    ) -> AsyncIterator[tuple[str, list[tuple[str, Inode]], list[tuple[str, Inode]]]]:
+        """(path, directories, others) of each directory below ``top``, parents first; the lists
+        hold (name, Inode).  What the caller removes from the directories is not entered."""
+        start = await self.lookup(top)
+        trail = tree.Trail(tree.decode(tree.encode(top)), start)
+        while (step := trail.next()) is not None:
+            path, here = step
+            directories, others = [], []
+            async for entry in self.scandir(here):
+                inode = await self.inode(entry.nid)
+                (directories if inode.is_dir else others).append((tree.decode(entry.name), inode))
+            yield path, directories, others
+            trail.enter(directories)
+
+    # file data --------------------------------------------------------------------------
+
+    async def open(self, path: Target) -> AsyncFile:
+        """A file to read from.  Raises IsADirectory, NotAFile."""
+        inode = await self.lookup(path)
+        tree.require_file(inode, path)
+        return AsyncFile(self, inode)
+
+    async def read(self, path: Target, offset: int = 0, length: int | None = None) -> bytes:
+        """``length`` bytes of a file at ``offset``, by default all; fewer only at its end."""
+        inode = await self.lookup(path)
+        tree.require_file(inode, path)
+        if length is None:
+            length = inode.size
+        if offset < 0 or length < 0:
+            raise ValueError(f"negative offset or length: {offset}, {length}")
+        return bytes(await self.read_data(inode, offset, length))
+
+    async def read_data(self, inode: Inode, offset: int, length: int) -> Buffer:
+        """Like ``read`` of an inode's data of any type, and without a copy where possible."""
+        try:
+            return data.read(self.volume, inode, offset, length)
+        except Fault:
+            pass
+        found = await self.call(self._map, inode, offset, length)
+        end = min(offset + length, inode.size)
+        cuts = [
+            (e, max(offset, e.start) - e.start, min(end, e.end) - max(offset, e.start))
+            for e in found
+        ]
+        if len(cuts) == 1:
+            return await self._piece(inode, *cuts[0])
+        parts: list[Buffer] = [b""] * len(cuts)
+
+        async def get(i: int) -> None:
+            async with at_once:
+                parts[i] = await self._piece(inode, *cuts[i])
+
+        at_once = trio.CapacityLimiter(MAX_PIECES)
+        await run_all(get, range(len(cuts)))
+        return b"".join(parts)
+
+    async def extents(self, path: Target) -> list[Extent]:
+        """The extent map of a file, directory or link."""
+        inode = await self.lookup(path)
+        return await self.call(self._map, inode, 0, inode.size)
+
+    def _map(self, inode: Inode, offset: int, length: int) -> list[Extent]:
+        return list(extents(self.volume, inode, offset, length))
+
+    async def _piece(self, inode: Inode, extent: Extent, skip: int, length: int) -> Buffer:
+        """The asynchronous twin of ``data.piece``."""
+        if extent.kind == ENCODED:
+            decoded = await self._decoded(data.pcluster(self.volume, inode, extent))
+            return memoryview(decoded)[skip : skip + length]
+        if extent.kind == PLAIN:
+            address = extent.address + skip
+            return await self.call(self.memory.raw, extent.device, address, length)
+        if extent.kind == FRAGMENT:
+            packed = await self.call(data.packed_inode, self.volume, inode)
+            found = await self.read_data(packed, extent.address + skip, length)
+            data.check_fragment(inode, found, length)
+            return found
+        return await self.call(data.piece, self.volume, inode, extent, skip, length)
+
+
+async def run_all(function: Callable[[int], Awaitable[None]], numbers: Sequence[int]) -> None:
+    """Run ``function`` for each number at once; the first error is raised alone, not as a group."""
+    failed: list[ErofsError] = []
+
+    async def one(number: int) -> None:
+        try:
+            await function(number)
+        except ErofsError as e:
+            failed.append(e)
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for number in numbers:
+            nursery.start_soon(one, number)
+    if failed:
+        raise failed[0]
+
+
+class AsyncFile:
+    """An open file of an AsyncImage: reads at a cursor or anywhere."""
+
+    __slots__ = ("image", "inode", "position")
+
+    def __init__(self, image: AsyncImage, inode: Inode) -> None:
+        self.image = image
+        self.inode = inode
+        self.position = 0
+
+    def read_now(self, offset: int, length: int) -> Buffer:
+        """Like ``read_at`` where that need not wait; raises a Fault where it would."""
+        return data.read(self.image.volume, self.inode, offset, length)
+
+    async def read_at(self, offset: int, length: int) -> Buffer:
+        """Up to ``length`` bytes at ``offset``; fewer only at the file's end."""
+        return await self.image.read_data(self.inode, offset, length)
+
+    async def read(self, length: int = -1) -> bytes:
+        """Up to ``length`` bytes at the cursor (all that is left by default), which moves on."""
+        if length < 0:
+            length = max(self.inode.size - self.position, 0)
+        found = bytes(await self.read_at(self.position, length))
+        self.position += len(found)
+        return found
+
+    def seek(self, position: int) -> None:
+        """Move the cursor.  Raises ValueError where that is negative."""
+        if position < 0:
+            raise ValueError(f"negative seek position {position}")
+        self.position = position
+
+
