@@ -279,7 +279,8 @@ class AsyncImage:
         trail = tree.Trail(tree.decode(tree.encode(top)), start)
         while (step := trail.next()) is not None:
             path, here = step
-            directories, others = [], []
+            directories: list[tuple[str, Inode]] = []
+            others: list[tuple[str, Inode]] = []
             async for entry in self.scandir(here):
                 inode = await self.inode(entry.nid)
                 (directories if inode.is_dir else others).append((tree.decode(entry.name), inode))
@@ -401,5 +402,3 @@ class AsyncFile:
         if position < 0:
             raise ValueError(f"negative seek position {position}")
         self.position = position
-
-

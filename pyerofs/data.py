@@ -106,5 +106,3 @@ def attach_metabox(vol: Volume) -> None:
         vol.metabox = metabox
         vol.memory.metabox_size = metabox.size
         vol.memory.read_metabox = partial(read, vol, metabox)
-
-

@@ -165,10 +165,10 @@ def deflate(data: Buffer, length: int, partial: bool) -> bytes:
     return _exactly(out, length, "deflate")
 
 
-_inflater: tuple[Callable[[int], Any], type[Exception]] | None = None
+_inflater: tuple[Callable[[int], Any], Any] | None = None  # decompressobj and its error
 
 
-def _find_inflater() -> tuple[Callable[[int], Any], type[Exception]]:
+def _find_inflater() -> tuple[Callable[[int], Any], Any]:
     try:
         from isal import isal_zlib
     except ImportError:

@@ -159,9 +159,7 @@ class Image:
         found = tree.xattrs(self.volume, self.lookup(path, follow_symlinks=follow_symlinks))
         return {tree.decode(name): value for name, value in found.items()}
 
-    def getxattr(
-        self, path: Target, name: str | bytes, *, follow_symlinks: bool = True
-    ) -> bytes:
+    def getxattr(self, path: Target, name: str | bytes, *, follow_symlinks: bool = True) -> bytes:
         """One extended attribute.  Raises NoSuchXattr."""
         inode = self.lookup(path, follow_symlinks=follow_symlinks)
         return tree.get_xattr(self.volume, inode, tree.encode(name))

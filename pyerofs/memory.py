@@ -145,7 +145,7 @@ class Memory:
         if window is None:
             window = self._window(device, index)
         pos = offset & WINDOW_SIZE - 1
-        if 0 <= offset and pos + length <= len(window):
+        if offset >= 0 and pos + length <= len(window):
             return window, pos
         return self._across(device, offset, length), 0
 
@@ -296,9 +296,9 @@ class FaultingMemory(Memory):
         return data
 
     def _decode(self, pcluster: Pcluster) -> bytes:
-        if self.pins and (pinned := self.pins.get(pcluster)) is not None:
-            if isinstance(pinned, bytes):
-                return pinned
+        pinned = self.pins.get(pcluster)
+        if isinstance(pinned, bytes):
+            return pinned
         if not cheap(pcluster):
             raise NotDecoded(pcluster)
         return self.decode(pcluster, self.encoded(pcluster))

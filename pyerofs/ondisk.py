@@ -263,5 +263,7 @@ assert CHUNK_INDEX.size == 8
 assert DIRENT.size == 12
 assert MAP_HEADER.size == 8
 assert LCLUSTER_INDEX.size == 8
-assert LZ4_CFGS.size == 14 and LZMA_CFGS.size == 14
-assert DEFLATE_CFGS.size == 6 and ZSTD_CFGS.size == 6
+assert LZ4_CFGS.size == 14
+assert LZMA_CFGS.size == 14
+assert DEFLATE_CFGS.size == 6
+assert ZSTD_CFGS.size == 6

@@ -87,37 +87,62 @@ def digest_prefix(vol: Volume) -> bytes | None:
     return _full_name(vol, XATTR_LONG_PREFIX | vol.sb.ishare_prefix, b"")
 
 
-Entry = tuple[int, bytes, int, int, int]  # name index, rest of the name, value's offset, device, size
+# name index, rest of the name, value's offset, device, size
+Entry = tuple[int, bytes, int, int, int]
+
+
+def shared_ranges(vol: Volume, inode: Inode) -> list[tuple[int, int, int]]:
+    """(device, offset, size) of each shared entry that an inode refers to."""
+    device, base = _shared_area(vol)
+    found = []
+    for number in _shared_ids(vol, inode):
+        _, size = _entry(vol, device, base + 4 * number, inode, None)
+        found.append((device, base + 4 * number, size))
+    return found
+
+
+def prefixes_in_plain(vol: Volume) -> bool:
+    """Whether the long name prefixes lie in plain metadata, not inside a special inode."""
+    plain = vol.sb.feature_compat & COMPAT_PLAIN_XATTR_PFX
+    return bool(plain) or (vol.metabox is None and not vol.sb.packed_nid)
+
+
+def _shared_area(vol: Volume) -> tuple[int, int]:
+    """The device and the byte offset that shared xattrs are counted from."""
+    in_metabox = vol.sb.feature_compat & COMPAT_SHARED_EA_IN_METABOX
+    return METABOX if in_metabox else 0, vol.sb.xattr_blkaddr << vol.sb.block_bits
+
+
+def _shared_ids(vol: Volume, inode: Inode) -> list[int]:
+    """Which shared entries an inode refers to, in units of 4 bytes."""
+    if not inode.xattr_size:
+        return []
+    if inode.xattr_size == HEADER:
+        raise UnsupportedFeature(f"xattr header without xattrs, nid {inode.nid}")
+    buffer, pos = vol.memory.at(inode.device, inode.xattrs, HEADER)
+    count: int = XATTR_IBODY_HEADER.unpack_from(buffer, pos)[1]
+    at = inode.xattrs + HEADER
+    if 4 * count > inode.xattr_size - HEADER:
+        raise CorruptImage(f"{count} shared xattrs do not fit", offset=at, nid=inode.nid)
+    ids = vol.memory.bytes_at(inode.device, at, 4 * count)
+    return [int.from_bytes(ids[i : i + 4], "little") for i in range(0, len(ids), 4)]
 
 
 def _entries(vol: Volume, inode: Inode) -> Iterator[Entry]:
     if not inode.xattr_size:
         return
-    if inode.xattr_size == HEADER:
-        raise UnsupportedFeature(f"xattr header without xattrs, nid {inode.nid}")
-    memory, device = vol.memory, inode.device
-    buffer, pos = memory.at(device, inode.xattrs, HEADER)
-    shared: int = XATTR_IBODY_HEADER.unpack_from(buffer, pos)[1]
-    at, end = inode.xattrs + HEADER, inode.xattrs + inode.xattr_size
-    if at + 4 * shared > end:
-        raise CorruptImage(f"{shared} shared xattrs do not fit", offset=at, nid=inode.nid)
-    ids = memory.bytes_at(device, at, 4 * shared)
-    at += 4 * shared
+    shared = _shared_ids(vol, inode)
+    at, end = inode.xattrs + HEADER + 4 * len(shared), inode.data
     while at < end:
-        entry, size = _entry(vol, device, at, inode, end)
+        entry, size = _entry(vol, inode.device, at, inode, end)
         yield entry
         at += size
-    in_metabox = vol.sb.feature_compat & COMPAT_SHARED_EA_IN_METABOX
-    device = METABOX if in_metabox else 0
-    base = vol.sb.xattr_blkaddr << vol.sb.block_bits
-    for i in range(0, 4 * shared, 4):
-        where = base + 4 * int.from_bytes(ids[i : i + 4], "little")
-        yield _entry(vol, device, where, inode, None)[0]
+    device, base = _shared_area(vol)
+    for number in shared:
+        yield _entry(vol, device, base + 4 * number, inode, None)[0]
 
 
-def _entry(
-    vol: Volume, device: int, at: int, inode: Inode, end: int | None
-) -> tuple[Entry, int]:
+def _entry(vol: Volume, device: int, at: int, inode: Inode, end: int | None) -> tuple[Entry, int]:
     buffer, pos = vol.memory.at(device, at, 4)
     name_len, index, value_size = XATTR_ENTRY.unpack_from(buffer, pos)
     size = (4 + name_len + value_size + 3) & ~3
@@ -144,15 +169,12 @@ def _full_name(vol: Volume, index: int, suffix: bytes) -> bytes | None:
 
 
 def _load_prefixes(vol: Volume) -> tuple[tuple[int, bytes], ...]:
-    """(name index, infix) of each long prefix: u16-counted, 4-byte aligned records.  They lie in the
-    metabox, else in the packed inode, else (or if the image says so) in plain metadata."""
+    """(name index, infix) of each long prefix: u16-counted, 4-byte aligned records.  They lie in
+    the metabox, else in the packed inode, else (or if the image says so) in plain metadata."""
     sb = vol.sb
     holder: Inode | None = None
-    if not sb.feature_compat & COMPAT_PLAIN_XATTR_PFX:
-        if vol.metabox is not None:
-            holder = vol.metabox
-        elif sb.packed_nid:
-            holder = vol.packed or inodes.load(vol, sb.packed_nid)
+    if not prefixes_in_plain(vol):
+        holder = vol.metabox or vol.packed or inodes.load(vol, sb.packed_nid)
 
     def get_bytes(at: int, length: int) -> bytes:
         if holder is None:

@@ -154,6 +154,20 @@ def _find_tail(vol: Volume, inode: Inode, z: CompressionMap) -> None:
         z.fragment |= entry.block << 32  # full indexes: 64-bit fragment offsets
 
 
+def index_range(vol: Volume, inode: Inode) -> tuple[int, int]:
+    """Where a compressed file's map header starts and its index ends, as offsets on its device."""
+    z = inode.zmap or header(vol, inode)
+    start = (inode.data + 7) & ~7
+    if z.last is not None and z.last.kind == FRAGMENT and not z.last.start:
+        return start, start + 8  # no index: the whole file is a fragment
+    if z.record_size > 8:
+        return start, z.base + z.extents * z.record_size
+    if z.record_size:
+        records = -(-inode.size >> z.lcluster_bits)
+        return start, z.base + records * z.record_size + (8 if z.record_size == 4 else 0)
+    return start, _index_end(z, max(z.total - 1, 0), inode.layout)
+
+
 # --- lcluster indexes -------------------------------------------------------------------------
 
 
@@ -334,9 +348,7 @@ def _encoded_blocks(
     return following.blocks
 
 
-def _end(
-    vol: Volume, inode: Inode, z: CompressionMap, lcn: int, following: Lcluster | None
-) -> int:
+def _end(vol: Volume, inode: Inode, z: CompressionMap, lcn: int, following: Lcluster | None) -> int:
     """The logical offset of the next head at or after ``lcn``, or the file's end."""
     entry = following
     for _ in range(MAX_STEPS):

@@ -8,11 +8,11 @@ them behind the superblock, one after another, in one directory.
 
 from __future__ import annotations
 
-import os
 import stat
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pyerofs import ondisk
 from pyerofs.crc32c import crc32c
@@ -117,14 +117,14 @@ def inode(
     return front + bytes(-len(front) % align) + body
 
 
-def inline(data: bytes, **fields: object) -> bytes:
+def inline(data: bytes, **fields: Any) -> bytes:
     """A flat file of less than a block, behind its inode."""
-    return inode(ondisk.LAYOUT_FLAT_INLINE, len(data), 0, data, **fields)  # type: ignore[arg-type]
+    return inode(ondisk.LAYOUT_FLAT_INLINE, len(data), 0, data, **fields)
 
 
-def plain(size: int, block: int, **fields: object) -> bytes:
+def plain(size: int, block: int, **fields: Any) -> bytes:
     """A flat file that starts at a block; ``high`` are the block's bits from 32 on."""
-    return inode(ondisk.LAYOUT_FLAT_PLAIN, size, block, **fields)  # type: ignore[arg-type]
+    return inode(ondisk.LAYOUT_FLAT_PLAIN, size, block, **fields)
 
 
 def chunks(size: int, places: Sequence[tuple[int, int]], bits: int = 0, form: int = 0) -> bytes:
@@ -141,11 +141,11 @@ def chunks(size: int, places: Sequence[tuple[int, int]], bits: int = 0, form: in
 
 def indexed(
     size: int, blocks: int, entries: Sequence[bytes], advise: int = 0, algorithms: int = 0,
-    **fields: object,
+    **fields: Any,
 ) -> bytes:  # fmt: skip
     """A compressed file with a full index: ``head``, ``nonhead`` and ``first_nonhead`` entries."""
     body = ondisk.MAP_HEADER.pack(0, advise, algorithms, 0) + bytes(8) + b"".join(entries)
-    return inode(ondisk.LAYOUT_COMPRESSED_FULL, size, blocks, body, align=8, **fields)  # type: ignore[arg-type]
+    return inode(ondisk.LAYOUT_COMPRESSED_FULL, size, blocks, body, align=8, **fields)
 
 
 def head(kind: int, offset: int, block: int, partial: bool = False) -> bytes:
@@ -173,23 +173,15 @@ def extents(
     Records of 4 and 8 bytes imply the offset, those of 4 all addresses but the first."""
     advise |= ondisk.ADVISE_EXTENTS
     advise |= {4: 0, 8: 1, 16: 2, 32: 3}[record_size] << ondisk.ADVISE_EXTRECSZ_SHIFT
-    table = {
-        4: lambda: struct.pack("<Q", records[0][2]) + b"".join(pack("<I", r[1]) for r in records),
-        8: lambda: b"".join(pack("<II", r[1], r[2]) for r in records),
-        16: lambda: b"".join(pack("<IQI", r[1], r[2], r[0]) for r in records),
-        32: lambda: b"".join(pack("<IQQ12x", r[1], r[2], r[0]) for r in records),
-    }[record_size]()
-    count = len(records)
-    if record_size <= 8:
-        header = ondisk.MAP_HEADER.pack(0, advise, 0, lcluster_bits)
-    else:
-        header = ondisk.MAP_HEADER.pack(count, advise, 0, 0)
-    # inodes start at multiples of 32, and without xattrs the header does as well
-    body = header + bytes(max(record_size, 8) - 8) + table
+    count = len(records) if record_size > 8 else 0
+    header = ondisk.MAP_HEADER.pack(count, advise, 0, lcluster_bits)
+    # inodes lie at multiples of 32, and the header at 32 more: this aligns the records
+    body = header + bytes(max(record_size, 8) - 8)
+    if record_size == 4:
+        body += struct.pack("<Q", records[0][2])
+    for start, word, address in records:  # the short records are the long one's beginning
+        body += struct.pack("<IQQ12x", word, address, start)[:record_size]
     return inode(ondisk.LAYOUT_COMPRESSED_FULL, size, blocks, body, align=8)
-
-
-pack = struct.pack
 
 
 def length_word(length: int, algorithm: int | None = None, partial: bool = False) -> int:
@@ -252,7 +244,7 @@ def build(
     elsewhere: Mapping[bytes, tuple[int, int]] | None = None,
     configs: Mapping[int, bytes] | None = None,
     devices: Sequence[tuple[int, int]] = (),
-    **fields: int,
+    **fields: Any,
 ) -> Pieces:
     """An image with ``files`` (inodes by name) in its root directory, and ``data`` by block.
 
@@ -260,40 +252,61 @@ def build(
     compression algorithm; ``devices``: (blocks, first block) of each extra one; ``fields``: of the
     superblock, where they differ from what this function makes of the rest."""
     size = 1 << block_bits
-    meta = fields.setdefault("meta_blkaddr", -(-METADATA // size))
+    meta = fields.setdefault("meta_blkaddr", -(-METADATA // size)) << block_bits
     pieces = {block << block_bits: content for block, content in (data or {}).items()}
     entries = dict(elsewhere or {})
-    at = (meta << block_bits) + 32 * first_nid
-
-    def place(content: bytes) -> int:
-        nonlocal at
-        if at % size + len(content) > size:
-            at += -at % size
-        pieces[at] = content
-        nid = (at - (meta << block_bits)) // 32
-        at += -(-len(content) // 32) * 32
-        return nid
-
+    at = meta + 32 * first_nid
     for name, content in files.items():
+        if at % size + len(content) > size:  # what lies behind an inode must not cross a block
+            at += -at % size
         mode = int.from_bytes(content[4:6], "little")
-        entries[name] = place(content), FILE_TYPES[stat.S_IFMT(mode)]
-    entries[b"."] = entries[b".."] = (0, ondisk.FT_DIR)
-    room = len(inline(directory(entries, size)))
-    if at % size + room > size:
-        at += -at % size
-    root = (at - (meta << block_bits)) // 32
-    entries[b"."] = entries[b".."] = (root, ondisk.FT_DIR)
-    place(inline(directory(entries, size), mode=DIRECTORY, nlink=2))
+        entries[name] = (at - meta) // 32, FILE_TYPES[stat.S_IFMT(mode)]
+        pieces[at] = content
+        at += -(-len(content) // 32) * 32
+    at += -at % size
+    root = (at - meta) // 32
+    entries[b"."] = entries[b".."] = root, ondisk.FT_DIR
+    pieces[at] = inline(directory(entries, size), mode=DIRECTORY, nlink=2)
 
-    if configs:
-        incompat |= ondisk.INCOMPAT_COMPR_CFGS
-        fields.setdefault("available_compr_algs", sum(1 << n for n in configs))
     if devices:
         incompat |= ondisk.INCOMPAT_DEVICE_TABLE
-        pieces[DEVICE_TABLE] = b"".join(
-            ondisk.DEVICE_SLOT.pack(
-                b"handmade", blocks & 0xFFFFFFFF, first & 0xFFFFFFFF, blocks >> 32, first >> 32
-            )
-            for blocks, first in devices
-        )
-    return pieces | superblock(pieces, block_bits, incompat, compat, root, configs or {}, fields)
+        fields |= {"extra_devices": len(devices), "devt_slotoff": DEVICE_TABLE // 128}
+        pieces[DEVICE_TABLE] = b"".join(_device_slot(*device) for device in devices)
+    end = ondisk.SUPER_OFFSET + ondisk.SUPER_BASE_SIZE + 16 * fields.get("sb_extslots", 0)
+    if configs:
+        incompat |= ondisk.INCOMPAT_COMPR_CFGS
+        fields["available_compr_algs"] = sum(1 << n for n in configs)
+        for _, config in sorted(configs.items()):
+            end += -end % 4
+            pieces[end] = struct.pack("<H", len(config)) + config
+            end += 2 + len(config)
+
+    blocks = end_of(pieces) >> block_bits
+    if incompat & ondisk.INCOMPAT_48BIT:
+        fields = {"rootnid_8b": root, "rootnid_2b": blocks >> 32, **fields}
+    default = {
+        "magic": ondisk.SUPER_MAGIC,
+        "feature_compat": compat | ondisk.COMPAT_SB_CHKSUM | ondisk.COMPAT_MTIME,
+        "feature_incompat": incompat,
+        "blkszbits": block_bits,
+        "rootnid_2b": root,
+        "inos": len(entries) - 1,
+        "epoch": EPOCH,
+        "fixed_nsec": 123_456_789,
+        "blocks_lo": blocks & 0xFFFFFFFF,
+        "uuid": bytes(range(16)),
+        "volume_name": b"handmade",
+        "reserved": b"",
+    }
+    record = ondisk.SuperBlock(**{**dict.fromkeys(ondisk.SuperBlock._fields, 0), **default, **fields})
+    raw = bytearray(ondisk.SUPERBLOCK.pack(*record))[: ondisk.SUPER_BASE_SIZE + 16 * record.sb_extslots]
+    pieces[ondisk.SUPER_OFFSET] = bytes(raw)
+    covered = size - ondisk.SUPER_OFFSET if size > ondisk.SUPER_OFFSET else size
+    raw[4:8] = struct.pack("<I", crc32c(Sparse(pieces).read_at(ondisk.SUPER_OFFSET, covered)))
+    pieces[ondisk.SUPER_OFFSET] = bytes(raw)
+    return pieces
+
+
+def _device_slot(blocks: int, first: int) -> bytes:
+    low = 0xFFFFFFFF
+    return ondisk.DEVICE_SLOT.pack(b"tag", blocks & low, first & low, blocks >> 32, first >> 32)

@@ -100,9 +100,7 @@ async def _run(operations: Operations, report: Report) -> None:
             nursery.cancel_scope.cancel()
 
 
-async def _stop_on(
-    signals: object, operations: Operations, scope: trio.CancelScope
-) -> None:
+async def _stop_on(signals: object, operations: Operations, scope: trio.CancelScope) -> None:
     async for number in signals:  # type: ignore[attr-defined]
         log.info("stopping on signal %d", number)
         operations.stop()

@@ -11,7 +11,7 @@ import errno
 import functools
 import logging
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 import pyfuse3
@@ -50,12 +50,12 @@ _MODE_OF_TYPE = {
 
 def answers(
     metadata: bool,
-) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Awaitable[T]]]:
+) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
     """Turn every exception of an operation into the errno that the kernel's driver would give:
     EUCLEAN for corrupt metadata, EIO for corrupt data.  Nothing but FUSEError gets out, because
     anything else would end the mount."""
 
-    def wrap(operation: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+    def wrap(operation: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         @functools.wraps(operation)
         async def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
             try:
@@ -90,7 +90,7 @@ class DirectoryHandle:
         self.rows: list[tuple[Dirent, Inode | None]] = []
 
 
-class Operations(pyfuse3.Operations):  # type: ignore[misc]
+class Operations(pyfuse3.Operations):
     """The read-only operations.  Writes never arrive: the mount is read-only."""
 
     supports_dot_lookup = True
@@ -156,7 +156,8 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
 
     async def _inode(self, node: int) -> Inode:
         nid = self._nid(node)
-        return self._directories.get(nid) or await self._run(inodes.load, self._volume, nid)
+        found = self._directories.get(nid)
+        return found if found is not None else await self._run(inodes.load, self._volume, nid)
 
     async def _directory(self, node: int) -> Inode:
         """The inode of a directory; kept, because lookups in one come in rows."""
@@ -197,9 +198,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
     # inodes --------------------------------------------------------------------------
 
     @answers(metadata=True)
-    async def lookup(
-        self, parent_inode: int, name: bytes, ctx: RequestContext | None = None
-    ) -> EntryAttributes:
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         if len(name) > NAME_LEN:
             raise FUSEError(errno.ENAMETOOLONG)
         parent = await self._directory(parent_inode)
@@ -212,21 +211,21 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
         return self._attributes(inode, self._node(inode.nid))
 
     @answers(metadata=True)
-    async def getattr(self, inode: int, ctx: RequestContext | None = None) -> EntryAttributes:
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         found = await self._inode(inode)
         return self._attributes(found, tree.inode_number(found.nid))
 
     @answers(metadata=True)
-    async def readlink(self, inode: int, ctx: RequestContext | None = None) -> bytes:
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         return await self._run(tree.link_target, self._volume, await self._inode(inode))
 
     @answers(metadata=True)
-    async def access(self, inode: int, mode: int, ctx: RequestContext | None = None) -> bool:
+    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
         """Only asked of private mounts, whose owner may do everything but write."""
         return True
 
     @answers(metadata=True)
-    async def statfs(self, ctx: RequestContext | None = None) -> pyfuse3.StatvfsData:
+    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
         sb = self._volume.sb
         s = pyfuse3.StatvfsData()
         s.f_bsize = s.f_frsize = sb.block_size
@@ -240,25 +239,23 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
     # extended attributes -------------------------------------------------------------
 
     @answers(metadata=True)
-    async def getxattr(
-        self, inode: int, name: bytes, ctx: RequestContext | None = None
-    ) -> bytes:
-        if name.startswith(b"trusted.") and ctx is not None and ctx.uid != 0:
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        if name.startswith(b"trusted.") and ctx.uid != 0:
             raise FUSEError(errno.ENODATA)
         return await self._run(tree.get_xattr, self._volume, await self._inode(inode), name)
 
     @answers(metadata=True)
-    async def listxattr(self, inode: int, ctx: RequestContext | None = None) -> list[bytes]:
+    async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
         found = await self._inode(inode)
         names = await self._run(xattr.names, self._volume, found)
-        if ctx is not None and ctx.uid != 0:
+        if ctx.uid != 0:
             names = [n for n in names if not n.startswith(b"trusted.")]
         return names
 
     # directories ---------------------------------------------------------------------
 
     @answers(metadata=True)
-    async def opendir(self, inode: int, ctx: RequestContext | None = None) -> int:
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
         return self._handle(DirectoryHandle(await self._directory(inode)))
 
     @answers(metadata=True)
@@ -313,12 +310,12 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
     # files ---------------------------------------------------------------------------
 
     @answers(metadata=True)
-    async def open(self, inode: int, flags: int, ctx: RequestContext | None = None) -> FileInfo:
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         found = await self._inode(inode)
         return FileInfo(fh=self._handle(AsyncFile(self._image, found)), keep_cache=True)
 
     @answers(metadata=False)
-    async def read(self, fh: int, off: int, size: int) -> Buffer:
+    async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]
         file: Any = self._handles[fh]
         try:
             found: Buffer = file.read_now(off, size)

@@ -1,0 +1,1 @@
+"""The command ``pyerofs``: one module for each of its verbs, imported when it is used."""

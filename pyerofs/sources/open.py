@@ -33,8 +33,8 @@ def open_sources(what: Openable, offset: int, devices: Sequence[Openable]) -> li
         opened.append(primary)
         if offset:
             opened[0] = SliceSource(primary, offset)
-        for device in devices:
-            opened.append(open_source(device))
+        for device in devices:  # one by one: should one fail, those before it must be closed
+            opened.append(open_source(device))  # noqa: PERF401
     except BaseException:
         for source in opened:
             source.close()

@@ -1,0 +1,255 @@
+"""``pyerofs check``: read and verify everything.
+
+Opening the image has verified the superblock and its checksum.  Then every inode that the root leads
+to is read; directories must be in order, free of duplicates and loops, with entries whose types
+match; link counts must be what the entries add up to; xattrs must parse and agree with the name
+filter; every pcluster must decode to its length.  Problems are collected, not fatal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+from pyerofs import data, directory, tree, xattr
+from pyerofs import inode as inodes
+from pyerofs.cli.common import Progress, open_image, print_json, printable
+from pyerofs.errors import CorruptImage, ErofsError
+from pyerofs.extent import extents
+from pyerofs.image import Image
+from pyerofs.model import HOLE, Dirent, Inode
+
+PIECE = 4 << 20
+MAX_BATCHES = 16
+BATCH_FILES = 64
+BATCH_BYTES = 8 << 20
+MAX_PROBLEMS = 10_000  # beyond that, more detail helps nobody
+
+# what stat's file types are called in directory entries
+_FILE_TYPES = {0o100000: 1, 0o040000: 2, 0o020000: 3, 0o060000: 4, 0o010000: 5, 0o140000: 6,
+               0o120000: 7}  # fmt: skip
+
+
+def check(args: argparse.Namespace) -> int:
+    """Check the image; exit status 1 if there are problems."""
+    with open_image(args) as image:
+        progress = Progress("checking", image.superblock.inodes, quiet=args.quiet or args.json)
+        checker = Checker(image, progress)
+        try:
+            checker.run()
+        finally:
+            progress.close()
+    problems = sorted(checker.problems, key=lambda p: (p.path, p.what))
+    if args.json:
+        print_json(
+            {
+                "inodes": checker.inodes,
+                "bytes": checker.bytes,
+                "problems": [asdict(p) for p in problems],
+            }
+        )
+        return 1 if problems else 0
+    for problem in problems:
+        print(f"{printable(problem.path)}: {problem.what}{problem.where}")
+    print(
+        f"{checker.inodes} inodes, {checker.bytes} bytes of file data,"
+        f" {len(problems) or 'no'} problems"
+    )
+    return 1 if problems else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong: with which path, inode, and byte of the image, as far as known."""
+
+    path: str
+    what: str
+    nid: int | None = None
+    offset: int | None = None
+
+    @property
+    def where(self) -> str:
+        parts = []
+        if self.nid is not None:
+            parts.append(f"nid {self.nid}")
+        if self.offset is not None:
+            parts.append(f"offset {self.offset:#x}")
+        return f" ({', '.join(parts)})" if parts else ""
+
+
+class Checker:
+    """One check of one image."""
+
+    def __init__(self, image: Image, progress: Progress) -> None:
+        self._image = image
+        self._vol = image.volume
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._links: dict[int, int] = {}  # nid -> names found
+        self._inodes: dict[int, tuple[str, int]] = {}  # nid of files with several links
+        self.problems: list[Problem] = []
+        self.inodes = 0
+        self.bytes = 0
+
+    def run(self) -> None:
+        """Check everything; fills ``problems``."""
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            self._pool = pool
+            self._slots = threading.Semaphore(MAX_BATCHES)
+            self._futures: list[Future[None]] = []
+            self._walk()
+            self._special()
+            for future in self._futures:
+                future.result()
+        for nid, (path, nlink) in self._inodes.items():
+            if self._links[nid] != nlink:
+                self._add(path, f"link count {nlink}, {self._links[nid]} names found", nid)
+
+    def _add(self, path: str, what: str, nid: int | None, offset: int | None = None) -> None:
+        with self._lock:
+            if len(self.problems) < MAX_PROBLEMS:
+                self.problems.append(Problem(path or "/", what, nid, offset))
+
+    def _caught(self, path: str, e: Exception, nid: int) -> None:
+        if isinstance(e, CorruptImage):
+            self._add(path, e.what, e.nid if e.nid is not None else nid, e.offset)
+        else:
+            self._add(path, str(e), nid)
+
+    def _walk(self) -> None:
+        root = self._image.root
+        stack: list[tuple[str, Inode, int, frozenset[int]]] = [("", root, root.nid, frozenset())]
+        seen: set[int] = set()
+        while stack:
+            path, here, parent, above = stack.pop()
+            self.inodes += 1
+            self._progress.advance()
+            if here.nid in seen:
+                loop = "inside itself" if here.nid in above else "reached twice"
+                self._add(path, f"directory {loop}", here.nid)
+                continue
+            seen.add(here.nid)
+            self._xattrs(path, here)
+            subdirectories = 0
+            batch: list[tuple[str, Inode]] = []
+            size = 0
+            for entry in self._entries(path, here, parent):
+                child_path = f"{path}/{tree.decode(entry.name)}"
+                try:
+                    child = inodes.load(self._vol, entry.nid)
+                except ErofsError as e:
+                    self._caught(child_path, e, entry.nid)
+                    continue
+                if _FILE_TYPES[child.mode & 0o170000] != entry.file_type:
+                    found = tree.file_type(child)
+                    self._add(
+                        child_path, f"entry of type {entry.file_type} for a {found}", child.nid
+                    )
+                if child.is_dir:
+                    subdirectories += 1
+                    stack.append((child_path, child, here.nid, above | {here.nid}))
+                    continue
+                names = self._links.get(child.nid, 0)
+                self._links[child.nid] = names + 1
+                if names:
+                    continue
+                self._inodes[child.nid] = (child_path, child.nlink)
+                batch.append((child_path, child))
+                size += child.size
+                if len(batch) >= BATCH_FILES or size >= BATCH_BYTES:
+                    self._submit(batch)
+                    batch, size = [], 0
+            self._submit(batch)
+            if here.nlink != subdirectories + 2 and here.nlink != 1:
+                self._add(
+                    path, f"link count {here.nlink}, {subdirectories} subdirectories", here.nid
+                )
+
+    def _entries(self, path: str, here: Inode, parent: int) -> list[Dirent]:
+        """The entries of a directory but ``.`` and ``..``, which are checked here."""
+        found: list[Dirent] = []
+        last = b""
+        dots = set()
+        for index in range(-(-here.size // self._vol.sb.directory_block_size)):
+            try:
+                block = directory.block_entries(self._vol, here, index)
+            except ErofsError as e:
+                self._caught(path, e, here.nid)
+                continue
+            for entry in block:
+                if entry.name <= last:
+                    self._add(path, f"entry {entry.name!r} after {last!r}", here.nid)
+                last = entry.name
+                if entry.name in (b".", b".."):
+                    dots.add(entry.name)
+                    if entry.nid != (here.nid if entry.name == b"." else parent):
+                        name = entry.name.decode()
+                        self._add(path, f"'{name}' leads to nid {entry.nid}", here.nid)
+                else:
+                    found.append(entry)
+        for dot in (b".", b".."):
+            if dot not in dots and not (dot == b"." and here.dot_omitted):
+                self._add(path, f"no '{dot.decode()}' entry", here.nid)
+        return found
+
+    def _special(self) -> None:
+        """The inodes that no directory leads to."""
+        for name, nid in (("packed inode", self._vol.sb.packed_nid),):
+            if nid:
+                try:
+                    self._submit([(f"<{name}>", inodes.load(self._vol, nid))])
+                except ErofsError as e:
+                    self._caught(f"<{name}>", e, nid)
+        if self._vol.metabox is not None:
+            self._submit([("<metabox inode>", self._vol.metabox)])
+
+    def _submit(self, batch: list[tuple[str, Inode]]) -> None:
+        if batch:
+            self._slots.acquire()
+            self._futures.append(self._pool.submit(self._batch, batch))
+
+    def _batch(self, batch: list[tuple[str, Inode]]) -> None:
+        try:
+            total = 0
+            for path, inode in batch:
+                self._xattrs(path, inode)
+                total += self._data(path, inode)
+        finally:
+            self._slots.release()
+        with self._lock:
+            self.inodes += len(batch)
+            self.bytes += total
+            self._progress.advance(len(batch))
+
+    def _data(self, path: str, inode: Inode) -> int:
+        """Read all of a file or link; returns how many bytes of file data that was."""
+        try:
+            if inode.is_symlink:
+                tree.link_target(self._vol, inode)
+            if not inode.is_file:
+                return 0
+            for extent in extents(self._vol, inode, 0, inode.size):
+                if extent.kind == HOLE:
+                    continue
+                for skip in range(0, extent.length, PIECE):
+                    n = min(PIECE, extent.length - skip)
+                    data.piece(self._vol, inode, extent, skip, n)
+        except ErofsError as e:
+            self._caught(path, e, inode.nid)
+        return inode.size
+
+    def _xattrs(self, path: str, inode: Inode) -> None:
+        if not inode.xattr_size:
+            return
+        try:
+            names = [name for name, _ in xattr.items(self._vol, inode)]
+            for name in names:
+                if xattr.filtered_out(self._vol, inode, name):
+                    self._add(path, f"name filter denies xattr {name!r}", inode.nid)
+            if len(set(names)) != len(names):
+                self._add(path, "an xattr comes twice", inode.nid)
+        except ErofsError as e:
+            self._caught(path, e, inode.nid)

@@ -1,0 +1,182 @@
+"""``pyerofs dump``: which bytes of the image are what.
+
+Every structure that can be reached claims its range; what nothing claims is shown as unaccounted
+(zeros are told apart).  Ranges may overlap where the image shares bytes: a pcluster that several
+files refer to is listed once, with how many do.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pyerofs import inode as inodes
+from pyerofs import ondisk, xattr, zmap
+from pyerofs.cli.common import open_image, print_json, printable
+from pyerofs.errors import ErofsError
+from pyerofs.extent import extents
+from pyerofs.image import Image
+from pyerofs.model import ENCODED, FRAGMENT, META, PLAIN, Inode
+from pyerofs.units import format_size
+
+
+class Region(NamedTuple):
+    """A range of the primary device."""
+
+    start: int
+    end: int
+    what: str
+    detail: str = ""
+
+
+def dump(args: argparse.Namespace) -> int:
+    """Print the regions in order."""
+    with open_image(args) as image:
+        regions = list(account(image))
+    if args.json:
+        print_json([r._asdict() for r in regions])
+        return 0
+    totals: dict[str, int] = {}
+    for r in regions:
+        print(f"{r.start:#012x} {r.end - r.start:>10} {r.what:<22} {printable(r.detail)}".rstrip())
+        totals[r.what] = totals.get(r.what, 0) + r.end - r.start
+    print()
+    for what, n in sorted(totals.items(), key=lambda item: -item[1]):
+        print(f"{format_size(n):>12}  {what}")
+    return 0
+
+
+def account(image: Image) -> Iterator[Region]:
+    """All regions of the primary device by their start, gaps included."""
+    size = image.volume.memory.sizes[0]
+    at = 0
+    for region in _merge(sorted(_claims(image))):
+        if region.start > at:
+            yield from _gap(image, at, region.start)
+        yield region
+        at = max(at, region.end)
+    if at < size:
+        yield from _gap(image, at, size)
+
+
+def _merge(regions: list[Region]) -> Iterator[Region]:
+    """One region for all that claim exactly the same range for the same thing."""
+    held: Region | None = None
+    users = 0
+    for region in regions:
+        if held is not None and region[:3] == held[:3]:
+            users += 1
+            continue
+        if held is not None:
+            yield _shared(held, users)
+        held, users = region, 1
+    if held is not None:
+        yield _shared(held, users)
+
+
+def _shared(region: Region, users: int) -> Region:
+    if users == 1:
+        return region
+    return region._replace(detail=f"{region.detail} and {users - 1} more")
+
+
+def _gap(image: Image, start: int, end: int) -> Iterator[Region]:
+    zero = True
+    for at in range(start, end, 1 << 20):
+        piece = bytes(image.volume.memory.raw(0, at, min(1 << 20, end - at)))
+        if piece.strip(b"\0"):
+            zero = False
+            break
+    yield Region(start, end, "padding" if zero else "unaccounted")
+
+
+def _claims(image: Image) -> Iterator[Region]:
+    vol, sb = image.volume, image.superblock
+    yield Region(0, ondisk.SUPER_OFFSET, "boot area")
+    end = ondisk.SUPER_OFFSET + sb.size
+    yield Region(ondisk.SUPER_OFFSET, end, "superblock")
+    if sb.feature_incompat & ondisk.INCOMPAT_COMPR_CFGS:
+        for algorithm in range(4):
+            if sb.algorithms >> algorithm & 1:
+                end = (end + 3) & ~3
+                length = int.from_bytes(vol.memory.bytes_at(0, end, 2), "little")
+                name = ondisk.ALG_NAMES[algorithm]
+                yield Region(end, end + 2 + length, "compression config", name)
+                end += 2 + length
+    if sb.devices:
+        raw = vol.memory.bytes_at(0, ondisk.SUPER_OFFSET, 128)
+        first = ondisk.SuperBlock._make(
+            ondisk.SUPERBLOCK.unpack(raw.ljust(ondisk.SUPERBLOCK.size, b"\0"))
+        ).devt_slotoff
+        for number in range(len(sb.devices)):
+            at = (first + number) * ondisk.DEVICE_SLOT.size
+            yield Region(at, at + ondisk.DEVICE_SLOT.size, "device slot", str(number + 1))
+    if sb.xattr_prefix_count and xattr.prefixes_in_plain(vol):
+        at = sb.xattr_prefix_start
+        for number in range(sb.xattr_prefix_count):
+            at = (at + 3) & ~3
+            length = int.from_bytes(vol.memory.bytes_at(0, at, 2), "little")
+            yield Region(at, at + 2 + length, "xattr name prefix", str(number))
+            at += 2 + length
+    for path, inode in _inodes(image):
+        try:
+            yield from _inode(image, path, inode)
+        except ErofsError as e:
+            at = vol.inode_position(inode.nid)[1]
+            yield Region(at, at, "error", f"{path}: {e}")
+
+
+def _inodes(image: Image) -> Iterator[tuple[str, Inode]]:
+    """Each inode once, with (one of) its paths."""
+    vol = image.volume
+    if vol.metabox is not None:
+        yield "<metabox inode>", vol.metabox
+    if vol.sb.packed_nid:
+        yield "<packed inode>", inodes.load(vol, vol.sb.packed_nid)
+    yield "/", image.root
+    seen: set[int] = set()
+    for _, directories, others in image.walk():
+        for entry in directories + others:
+            if entry.dirent.nid not in seen:
+                seen.add(entry.dirent.nid)
+                yield entry.path, entry.inode
+
+
+def _inode(image: Image, path: str, inode: Inode) -> Iterator[Region]:
+    vol = image.volume
+    _, at = vol.inode_position(inode.nid)
+    if inode.device == 0:  # inside the metabox, offsets are not those of the image
+        yield Region(at, inode.xattrs, "inode", f"nid {inode.nid} {path}")
+        if inode.xattr_size:
+            yield Region(inode.xattrs, inode.data, "inline xattrs", path)
+    for device, start, size in xattr.shared_ranges(vol, inode):
+        if device == 0:
+            yield Region(start, start + size, "shared xattr")
+    if not (inode.is_file or inode.is_dir or inode.is_symlink) or not inode.size:
+        return
+    what = "directory" if inode.is_dir else "link target" if inode.is_symlink else "data"
+    if inode.layout == ondisk.LAYOUT_CHUNK_BASED and inode.device == 0:
+        unit = 8 if inode.chunk_format & ondisk.CHUNK_INDEXES else 4
+        bits = vol.sb.block_bits + (inode.chunk_format & ondisk.CHUNK_BLKBITS_MASK)
+        table = (inode.data + unit - 1) & ~(unit - 1)
+        chunks = -(-inode.size >> bits)
+        yield Region(table, table + unit * chunks, "chunk table", path)
+    if inode.is_compressed and inode.device == 0:
+        start, end = zmap.index_range(vol, inode)
+        yield Region(start, end, "compression index", path)
+    mask = vol.sb.block_size - 1
+    for e in extents(vol, inode, 0, inode.size):
+        if e.device != 0 or e.kind == FRAGMENT:
+            continue
+        if e.kind == ENCODED:
+            name = ondisk.ALG_NAMES[e.algorithm]
+            yield Region(e.address, e.address + e.size, f"pcluster {name}", path)
+        elif e.kind == PLAIN:
+            length = e.size or e.length
+            end = e.address + length
+            if not e.size:
+                end = (end + mask) & ~mask  # the rest of a flat file's last block is its own
+            yield Region(e.address, min(end, vol.memory.sizes[0]), what, path)
+        elif e.kind == META:
+            yield Region(e.address, e.address + (e.size or e.length), f"inline {what}", path)

@@ -1,0 +1,383 @@
+"""``pyerofs extract``: the tree, or parts of it, as files.
+
+Nothing is ever written outside the target directory.  Names come from the image and are checked to
+be single path components; each is created relative to an open directory, never through a link, and
+never over something that exists unless that is asked for.  Files are written by a few threads (the
+codecs and the system calls release the GIL); links and the times of directories come last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import stat
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar, TypeVarTuple
+
+from pyerofs import data, tree, xattr
+from pyerofs.cli.common import Progress, open_image
+from pyerofs.errors import ErofsError
+from pyerofs.extent import extents
+from pyerofs.image import Image
+from pyerofs.model import HOLE, Inode
+from pyerofs.sources.base import Buffer
+
+PIECE = 1 << 20  # bytes gathered for one write
+BATCH_FILES = 64  # files, or
+BATCH_BYTES = 4 << 20  # bytes, that make one task for a thread
+MAX_BATCHES = 16  # waiting at a time
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def extract(args: argparse.Namespace) -> int:
+    """Extract; exit status 1 if anything could not be created."""
+    with open_image(args) as image:
+        progress = Progress("extracting", image.superblock.inodes, quiet=args.quiet)
+        try:
+            root = os.open(args.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            os.makedirs(args.directory)
+            root = os.open(args.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        extractor = Extractor(
+            image,
+            root,
+            progress,
+            overwrite=args.overwrite,
+            owners=not args.no_same_owner,
+            xattrs=not args.no_xattrs,
+        )
+        try:
+            extractor.run([os.fsencode(p) for p in args.paths])
+        finally:
+            progress.close()
+            os.close(root)
+    for line in extractor.summary():
+        print(f"pyerofs: {line}", file=sys.stderr)
+    return 1 if extractor.failures else 0
+
+
+class Directory:
+    """An open target directory, closed when the walk and all tasks are done with it."""
+
+    def __init__(self, fd: int, path: bytes) -> None:
+        self.fd = fd
+        self.path = path
+        self._users = 1
+        self._lock = threading.Lock()
+
+    def keep(self) -> None:
+        with self._lock:
+            self._users += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            last = not self._users
+        if last:
+            os.close(self.fd)
+
+
+Job = tuple[bytes, Inode]
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
+
+
+class Extractor:
+    """One extraction.  ``failures`` counts what is missing afterwards, ``skipped`` what could not
+    be set, for want of privileges or support."""
+
+    def __init__(
+        self,
+        image: Image,
+        root: int,
+        progress: Progress,
+        *,
+        overwrite: bool,
+        owners: bool,
+        xattrs: bool,
+    ) -> None:
+        self._image = image
+        self._vol = image.volume
+        self._root = root
+        self._progress = progress
+        self._overwrite = overwrite
+        self._owners = owners
+        self._xattrs = xattrs
+        self._lock = threading.Lock()
+        self.failures = 0
+        self.skipped: Counter[str] = Counter()
+        self._first: dict[int, bytes] = {}  # nid of a file with several links -> its first path
+        self._links: list[tuple[bytes, bytes]] = []
+        self._directories: list[tuple[bytes, Inode]] = []
+
+    def run(self, paths: list[bytes]) -> None:
+        """Extract the whole tree, or the given paths with their parents."""
+        with ThreadPoolExecutor(max_workers=(os.cpu_count() or 1) + 1) as pool:
+            self._pool = pool
+            self._slots = threading.Semaphore(MAX_BATCHES)
+            self._futures: list[Future[None]] = []
+            if not paths:
+                self._walk(Directory(os.dup(self._root), b""), self._image.root)
+            for path in paths:
+                self._one(path)
+            for future in self._futures:
+                future.result()
+        for source, target in self._links:
+            self._try(target, self._link, source, target)
+        for path, inode in reversed(self._directories):
+            self._try(path, self._finish_directory, path, inode)
+
+    def summary(self) -> Iterator[str]:
+        """What a person should know afterwards."""
+        if self.skipped:
+            counts = ", ".join(f"{n} {what}" for what, n in sorted(self.skipped.items()))
+            hint = "" if os.geteuid() == 0 else " (not root)"
+            yield f"could not set{hint}: {counts}"
+        if self.failures:
+            yield f"{self.failures} files could not be extracted"
+
+    # walking ----------------------------------------------------------------------------
+
+    def _one(self, path: bytes) -> None:
+        """Extract one path: its parents are made, with plain attributes, as needed."""
+        inode = tree.resolve(self._vol, path, False)
+        names = [n for n in path.split(b"/") if n not in (b"", b".")]
+        if b".." in names:
+            raise ErofsError(f"{os.fsdecode(path)}: '..' can't be extracted")
+        here = Directory(os.dup(self._root), b"")
+        for name in names[:-1]:
+            here = self._enter(here, name)
+        if inode.is_dir:
+            self._walk(self._enter(here, names[-1]) if names else here, inode)
+        else:
+            self._submit(here, [(names[-1], inode)])
+            here.release()
+
+    def _enter(self, parent: Directory, name: bytes) -> Directory:
+        """Make (or find) a directory in another, which is released.  Never follows a link."""
+        try:
+            try:
+                os.mkdir(name, 0o700, dir_fd=parent.fd)
+            except FileExistsError:
+                pass  # a real directory will do; anything else fails to open as one
+            fd = os.open(name, _DIRECTORY, dir_fd=parent.fd)
+            return Directory(fd, parent.path + name + b"/")
+        finally:
+            parent.release()
+
+    def _walk(self, top: Directory, inode: Inode) -> None:
+        stack: list[tuple[Directory, Inode, frozenset[int]]] = [(top, inode, frozenset())]
+        while stack:
+            here, inode, above = stack.pop()
+            self._directories.append((here.path, inode))
+            self._progress.advance()
+            batch: list[Job] = []
+            size = 0
+            try:
+                if inode.nid in above or len(above) >= tree.MAX_DEPTH:
+                    raise ErofsError(f"directory inside itself: nid {inode.nid}")
+                for entry in tree.entries(self._vol, inode):
+                    child = self._load(here.path + entry.name, entry.nid)
+                    if child is None:
+                        continue
+                    if child.is_dir:
+                        path = here.path + entry.name
+                        here.keep()
+                        opened = self._try(path, self._enter, here, entry.name)
+                        if opened is not None:
+                            stack.append((opened, child, above | {inode.nid}))
+                        continue
+                    batch.append((entry.name, child))
+                    size += child.size
+                    if len(batch) >= BATCH_FILES or size >= BATCH_BYTES:
+                        self._submit(here, batch)
+                        batch, size = [], 0
+            except ErofsError as e:
+                self._fail(here.path, e)
+            self._submit(here, batch)
+            here.release()
+
+    def _load(self, path: bytes, nid: int) -> Inode | None:
+        return self._try(path, self._image.inode, nid)
+
+    def _submit(self, here: Directory, batch: list[Job]) -> None:
+        """Give files of one directory to a thread; later names of the same file become links."""
+        todo = []
+        for name, inode in batch:
+            if inode.nlink > 1:
+                first = self._first.setdefault(inode.nid, here.path + name)
+                if first != here.path + name:
+                    self._links.append((first, here.path + name))
+                    continue
+            todo.append((name, inode))
+        if todo:
+            here.keep()
+            self._slots.acquire()
+            self._futures.append(self._pool.submit(self._batch, here, todo))
+
+    def _batch(self, here: Directory, jobs: list[Job]) -> None:
+        try:
+            for name, inode in jobs:
+                self._try(here.path + name, self._create, here.fd, name, inode)
+        finally:
+            here.release()
+            self._slots.release()
+            with self._lock:
+                self._progress.advance(len(jobs))
+
+    # creating ---------------------------------------------------------------------------
+
+    def _create(self, parent: int, name: bytes, inode: Inode) -> None:
+        if self._overwrite:
+            try:
+                os.unlink(name, dir_fd=parent)
+            except FileNotFoundError:
+                pass
+        if inode.is_file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(name, flags, 0o600, dir_fd=parent)
+            try:
+                try:
+                    self._write(fd, inode)
+                except BaseException:
+                    os.unlink(name, dir_fd=parent)  # no half a file
+                    raise
+                self._finish(fd, inode)
+            finally:
+                os.close(fd)
+            return
+        if inode.is_symlink:
+            os.symlink(tree.link_target(self._vol, inode), name, dir_fd=parent)
+        else:
+            try:
+                os.mknod(name, stat.S_IFMT(inode.mode) | 0o600, inode.rdev, dir_fd=parent)
+            except PermissionError:
+                self._skip("devices")
+                return
+        self._finish_at(parent, name, inode)
+
+    def _write(self, fd: int, inode: Inode) -> None:
+        """The file's data; holes stay holes."""
+        parts: list[Buffer] = []
+        start = gathered = 0
+        end = 0
+        for extent in extents(self._vol, inode, 0, inode.size):
+            if extent.kind == HOLE:
+                continue
+            skip = 0
+            while skip < extent.length:
+                n = min(extent.length - skip, PIECE)
+                if parts and (gathered >= PIECE or end != extent.start + skip or len(parts) > 500):
+                    _write_all(fd, parts, start)
+                    parts, gathered = [], 0
+                if not parts:
+                    start = extent.start + skip
+                parts.append(data.piece(self._vol, inode, extent, skip, n))
+                gathered += n
+                skip += n
+                end = extent.start + skip
+        if parts:
+            _write_all(fd, parts, start)
+        if end < inode.size:
+            os.ftruncate(fd, inode.size)
+
+    def _finish(self, fd: int, inode: Inode) -> None:
+        """Owner, then mode (changing owners clears set-id bits), then xattrs, then times."""
+        mode = stat.S_IMODE(inode.mode)
+        if not self._own(inode, fd):
+            mode &= ~(stat.S_ISUID | stat.S_ISGID)
+        os.fchmod(fd, mode)
+        self._set_xattrs(inode, fd, follow=True)
+        os.utime(fd, ns=(inode.mtime_ns, inode.mtime_ns))
+
+    def _finish_at(self, parent: int, name: bytes, inode: Inode) -> None:
+        """The same for what can't be opened: links, fifos, sockets, devices."""
+        if self._owners:
+            try:
+                os.chown(name, inode.uid, inode.gid, dir_fd=parent, follow_symlinks=False)
+            except PermissionError:
+                self._skip("owners")
+        if not inode.is_symlink:
+            # a name that we have just made ourselves: nothing to follow
+            os.chmod(name, stat.S_IMODE(inode.mode), dir_fd=parent)
+        self._set_xattrs(inode, b"/proc/self/fd/%d/%s" % (parent, name), follow=False)
+        times = (inode.mtime_ns, inode.mtime_ns)
+        os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
+
+    def _finish_directory(self, path: bytes, inode: Inode) -> None:
+        fd = os.open(path or b".", _DIRECTORY, dir_fd=self._root)
+        try:
+            self._finish(fd, inode)
+        finally:
+            os.close(fd)
+
+    def _own(self, inode: Inode, fd: int) -> bool:
+        if self._owners:
+            try:
+                os.fchown(fd, inode.uid, inode.gid)
+                return True
+            except PermissionError:
+                self._skip("owners")
+        return inode.uid == os.geteuid() and inode.gid == os.getegid()
+
+    def _set_xattrs(self, inode: Inode, where: int | bytes, *, follow: bool) -> None:
+        if not self._xattrs or not inode.xattr_size:
+            return
+        for name, value in xattr.items(self._vol, inode):
+            try:
+                if follow:
+                    os.setxattr(where, name, value)
+                else:
+                    os.setxattr(where, name, value, follow_symlinks=False)
+            except OSError as e:
+                if e.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EACCES):
+                    raise
+                self._skip("xattrs")
+
+    def _link(self, source: bytes, target: bytes) -> None:
+        if self._overwrite:
+            try:
+                os.unlink(target, dir_fd=self._root)
+            except FileNotFoundError:
+                pass
+        os.link(source, target, src_dir_fd=self._root, dst_dir_fd=self._root, follow_symlinks=False)
+
+    # accounting -------------------------------------------------------------------------
+
+    def _try(self, path: bytes, function: Callable[[*Ts], R], *args: *Ts) -> R | None:
+        """Call, and report what goes wrong with one file without giving up the others."""
+        try:
+            return function(*args)
+        except (ErofsError, OSError, ValueError, OverflowError) as e:
+            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            self._fail(path, e)
+            return None
+
+    def _fail(self, path: bytes, e: Exception) -> None:
+        with self._lock:
+            self.failures += 1
+            self._progress.close()
+            reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+            print(f"pyerofs: {os.fsdecode(path) or '.'}: {reason}", file=sys.stderr)
+
+    def _skip(self, what: str) -> None:
+        with self._lock:
+            self.skipped[what] += 1
+
+
+def _write_all(fd: int, parts: list[Buffer], offset: int) -> None:
+    """Write the parts one after another from ``offset`` on."""
+    total = sum(len(p) for p in parts)
+    done = os.pwritev(fd, parts, offset)
+    if done < total:  # rare: a signal or a full disk, which the next call reports
+        rest = memoryview(b"".join(parts))[done:]
+        while rest:
+            n = os.pwrite(fd, rest, offset + done)
+            done += n
+            rest = rest[n:]

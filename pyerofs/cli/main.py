@@ -1,0 +1,137 @@
+"""The command's grammar, and the one place where errors become messages and exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from pyerofs import __version__
+from pyerofs.errors import ErofsError
+from pyerofs.units import parse_size
+
+EPILOG = """\
+exit status: 0 done; 1 failed, or problems found (check), or incomplete (extract); 2 wrong usage.
+Data goes to stdout, messages to stderr.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The grammar of the whole command."""
+    parser = argparse.ArgumentParser(
+        prog="pyerofs",
+        description="Look into EROFS images and take things out of them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-V", "--version", action="version", version=f"pyerofs {__version__}")
+    verbs = parser.add_subparsers(metavar="COMMAND", dest="verb", required=True)
+
+    image = argparse.ArgumentParser(add_help=False)
+    image.add_argument("image", metavar="IMAGE", help="an image file or block device")
+    image.add_argument("--offset", type=_number, default=0, help="the image starts at this byte")
+    image.add_argument(
+        "--device", action="append", default=[], metavar="PATH",
+        help="an extra device of the image; repeat it, in order",
+    )  # fmt: skip
+    image.add_argument(
+        "--cache-size", type=_size, default=64 << 20, metavar="SIZE",
+        help="memory for metadata and decoded data (default 64M)",
+    )  # fmt: skip
+    json = argparse.ArgumentParser(add_help=False)
+    json.add_argument("--json", action="store_true", help="print JSON")
+
+    def verb(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=text, description=text, parents=[image, *parents])
+
+    verb("info", "Show the superblock, features, devices and how well it is compressed.", json)
+
+    p = verb("ls", "List directories.", json)
+    p.add_argument("paths", metavar="PATH", nargs="*", default=["/"])
+    p.add_argument("-l", "--long", action="store_true", help="with modes, owners, sizes and times")
+    p.add_argument("-R", "--recursive", action="store_true", help="and all directories below")
+
+    p = verb("tree", "Draw a directory and all below it.")
+    p.add_argument("path", metavar="PATH", nargs="?", default="/")
+    p.add_argument("-L", "--level", type=_number, default=None, help="how deep to go")
+
+    p = verb("stat", "Show what is known about files: attributes, xattrs, extents.", json)
+    p.add_argument("paths", metavar="PATH", nargs="+")
+    p.add_argument("-L", "--follow", action="store_true", help="follow a link at a path's end")
+    p.add_argument("-x", "--extents", action="store_true", help="with the extent map")
+
+    p = verb("cat", "Write files to stdout.")
+    p.add_argument("paths", metavar="PATH", nargs="+")
+
+    p = verb("extract", "Take files out, with all that belongs to them.")
+    p.add_argument("paths", metavar="PATH", nargs="*", default=[])
+    p.add_argument("-C", "--directory", default=".", metavar="DIR", help="where to (default: here)")
+    p.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    p.add_argument("--no-same-owner", action="store_true", help="leave files to whoever extracts")
+    p.add_argument("--no-xattrs", action="store_true", help="leave extended attributes out")
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+    p = verb("tar", "Write the tree as a PAX tar stream, with xattrs, links and nanoseconds.")
+    p.add_argument("path", metavar="PATH", nargs="?", default="/")
+    p.add_argument("-o", "--output", metavar="FILE", help="write there instead of stdout")
+    p.add_argument("--no-xattrs", action="store_true", help="leave extended attributes out")
+
+    p = verb("check", "Read and verify everything; report every problem.", json)
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+    verb("dump", "Account for every byte of the image: what is where.", json)
+
+    p = verbs.add_parser("completion", help="Print a completion script for a shell.")
+    p.add_argument("shell", choices=["bash", "zsh", "fish"])
+    return parser
+
+
+def _number(text: str) -> int:
+    value = int(text, 0)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return value
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def run() -> None:
+    """The command's entry point."""
+    sys.exit(main())
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = build_parser().parse_args(words)
+    for stream in (sys.stdout, sys.stderr):  # names that are not UTF-8 come out as they are
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape")
+    module = importlib.import_module(f"pyerofs.cli.{_MODULES.get(args.verb, args.verb)}")
+    try:
+        status: int = getattr(module, args.verb)(args)
+        sys.stdout.flush()
+    except ErofsError as e:
+        print(f"pyerofs: {e}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # whoever read our output has seen enough; keep the interpreter's last flush quiet too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as e:
+        where = f"{os.fsdecode(e.filename)}: " if e.filename else ""
+        print(f"pyerofs: {where}{e.strerror or e}", file=sys.stderr)
+        return 1 if e.errno != errno.EPIPE else 0
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+_MODULES = {"ls": "listing", "tree": "listing", "stat": "listing", "cat": "listing"}

@@ -1,0 +1,107 @@
+"""An fsspec file system: ``fsspec.open("erofs://etc/os-release", fo="system.erofs")``.
+
+Registered by entry point under ``erofs``; needs the extra ``pyerofs[fsspec]``.  Like fsspec's own
+archive file systems it takes the image as ``fo``: a path, a URL of any other fsspec file system, or
+an open binary file; chained URLs work too: ``erofs://etc/os-release::https://host/system.erofs``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fsspec
+from fsspec.archive import AbstractArchiveFileSystem
+
+from pyerofs import image, tree
+from pyerofs.image import DirEntry
+from pyerofs.model import Inode
+
+
+class ErofsFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
+    """The files of an EROFS image, read-only."""
+
+    root_marker = ""
+    protocol = "erofs"
+    cachable = False
+
+    def __init__(
+        self,
+        fo: Any = "",
+        target_protocol: str | None = None,
+        target_options: dict[str, Any] | None = None,
+        offset: int = 0,
+        devices: list[Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """``fo``: the image; ``offset`` and ``devices`` as for ``pyerofs.open``."""
+        super().__init__(self, **kwargs)
+        self._opened: Any = None
+        if isinstance(fo, str) and ("://" in fo or target_protocol):
+            self._opened = fsspec.open(
+                fo, mode="rb", protocol=target_protocol, **(target_options or {})
+            )
+            fo = self._opened.open()
+        self._image = image.open(fo, offset=offset, devices=devices or ())
+
+    def close(self) -> None:
+        """Close the image and what it was read from."""
+        self._image.close()
+        if self._opened is not None:
+            self._opened.close()
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        """fsspec's description of one path."""
+        path = self._strip_protocol(path).strip("/")
+        return self._describe(path, self._image.lookup(path, follow_symlinks=False))
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        """The entries of a directory (or the one file there)."""
+        path = self._strip_protocol(path).strip("/")
+        inode = self._image.lookup(path)
+        if not inode.is_dir:
+            rows = [self._describe(path, inode)]
+        else:
+            rows = [self._entry(path, e) for e in self._image.scandir(path)]
+        return rows if detail else [row["name"] for row in rows]
+
+    def _entry(self, parent: str, entry: DirEntry) -> dict[str, Any]:
+        return self._describe(f"{parent}/{entry.name}".lstrip("/"), entry.inode)
+
+    def _describe(self, path: str, inode: Inode) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "name": path,
+            "size": inode.size if inode.is_file else 0,
+            "type": "directory" if inode.is_dir else "file" if inode.is_file else "other",
+            "mode": inode.mode,
+            "uid": inode.uid,
+            "gid": inode.gid,
+            "mtime": inode.mtime_ns / 1e9,
+            "ino": tree.inode_number(inode.nid),
+            "nlink": inode.nlink,
+        }
+        if inode.is_symlink:
+            found |= {"type": "link", "islink": True}
+            found["destination"] = self._image.readlink(inode)
+        return found
+
+    def exists(self, path: str, **kwargs: Any) -> bool:
+        return self._image.exists(self._strip_protocol(path))
+
+    def isdir(self, path: str) -> bool:
+        return self.exists(path) and self._image.lookup(self._strip_protocol(path)).is_dir
+
+    def isfile(self, path: str) -> bool:
+        return self.exists(path) and self._image.lookup(self._strip_protocol(path)).is_file
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        if mode != "rb":
+            raise ValueError(f"images are read-only: mode {mode!r}")
+        return self._image.open(self._strip_protocol(path))
+
+    def cat_file(
+        self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any
+    ) -> bytes:
+        """A range of a file; negative positions count from its end."""
+        inode = self._image.lookup(self._strip_protocol(path))
+        start, end, _ = slice(start, end).indices(inode.size)
+        return self._image.read(inode, start, max(end - start, 0))
