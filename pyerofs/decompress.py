@@ -212,7 +212,7 @@ def interlaced(data: Buffer, length: int, shift: int) -> bytes:
 
     ``shift`` is how many of them, at the end of ``data``, come first."""
     data = bytes(data)
-    if length > len(data):
+    if length > len(data) or shift > len(data):
         raise DecodeError("interlaced: longer than its blocks")
     first = min(shift, length)
     at = len(data) - shift

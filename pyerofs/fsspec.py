@@ -76,7 +76,7 @@ class ErofsFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
             "uid": inode.uid,
             "gid": inode.gid,
             "mtime": inode.mtime_ns / 1e9,
-            "ino": tree.inode_number(inode.nid),
+            "ino": tree.inode_number(self._image.volume, inode.nid),
             "nlink": inode.nlink,
         }
         if inode.is_symlink:

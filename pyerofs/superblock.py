@@ -114,8 +114,8 @@ def load(read: Reader, available: int) -> Superblock:
             f"the image needs unknown incompatible features {unknown:#x}; use a newer pyerofs"
         )
     size = ondisk.SUPER_BASE_SIZE + raw.sb_extslots * ondisk.SB_EXTSLOT_SIZE
-    if size > max((1 << raw.blkszbits) - ondisk.SUPER_OFFSET, 1 << raw.blkszbits):
-        raise CorruptImage(f"superblock of {size} bytes exceeds its block", offset=base + 13)
+    if base + size > available:
+        raise CorruptImage(f"superblock of {size} bytes in an image of {available}", offset=base)
     if size < ondisk.SUPERBLOCK.size:  # fields beyond the end are not there
         raw = ondisk.SuperBlock._make(
             ondisk.SUPERBLOCK.unpack(head[:size].ljust(ondisk.SUPERBLOCK.size, b"\0"))

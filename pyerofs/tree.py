@@ -188,7 +188,7 @@ def stat(vol: Volume, inode: Inode) -> Stat:
     """An inode's stat."""
     return Stat(
         inode.mode,
-        inode_number(inode.nid),
+        inode_number(vol, inode.nid),
         inode.nlink,
         inode.uid,
         inode.gid,
@@ -207,13 +207,17 @@ def blocks_512(vol: Volume, inode: Inode) -> int:
     return blocks << bits - 9
 
 
-def inode_number(nid: int) -> int:
-    """st_ino as the kernel's driver makes it from a nid: the metabox bit moves to bit 31."""
+def inode_number(vol: Volume, nid: int) -> int:
+    """st_ino as the kernel's driver makes it: the nid; with a metabox, its bit moves to bit 31."""
+    if not vol.sb.metabox_nid:
+        return nid
     return nid << 1 & 0xFFFFFFFF00000000 | nid & 0x7FFFFFFF | nid >> 63 << 31
 
 
-def nid_of(number: int) -> int:
+def nid_of(vol: Volume, number: int) -> int:
     """The reverse of ``inode_number``."""
+    if not vol.sb.metabox_nid:
+        return number
     return number >> 1 & 0x7FFFFFFF80000000 | number & 0x7FFFFFFF | (number >> 31 & 1) << 63
 
 

@@ -73,7 +73,7 @@ def map_at(vol: Volume, inode: Inode, offset: int) -> Extent:
             f"extent {extent.start}..{extent.end} does not cover {offset}", nid=inode.nid
         )
     if extent.kind == ENCODED:
-        _check(vol, inode, extent)
+        _check(inode, extent)
     z.last = extent
     return extent
 
@@ -194,9 +194,9 @@ def _map_index(vol: Volume, inode: Inode, z: CompressionMap, offset: int) -> Ext
             following = _load(vol, inode, z, lcn + 1)
         size = _encoded_blocks(inode, z, lcn, entry.kind, following) << vol.sb.block_bits
         length = _end(vol, inode, z, lcn + 1, following) - start
-        device, address = 0, entry.block << vol.sb.block_bits
+        device, address = vol.locate(0, entry.block << vol.sb.block_bits, inode.nid)
     if entry.kind != LCLUSTER_PLAIN:
-        algorithm = z.algorithms[entry.kind == LCLUSTER_HEAD2]
+        algorithm = _algorithm(vol, inode, z.algorithms[entry.kind == LCLUSTER_HEAD2])
         return Extent(start, length, ENCODED, device, address, size, algorithm, entry.partial)
     if length > size:
         raise CorruptImage(
@@ -378,18 +378,20 @@ def _map_record(vol: Volume, inode: Inode, z: CompressionMap, offset: int) -> Ex
     size = plen & EXTENT_PLEN_MASK
     if not size:
         return Extent(start, length, HOLE)
+    device, address = vol.locate(0, address, inode.nid)
     form = plen >> ondisk.EXTENT_PLEN_FMT_SHIFT
     partial = bool(plen & EXTENT_PLEN_PARTIAL)
     if form:
-        return Extent(start, length, ENCODED, 0, address, size, form - 1, partial)
+        algorithm = _algorithm(vol, inode, form - 1)
+        return Extent(start, length, ENCODED, device, address, size, algorithm, partial)
     if length > size:
         raise CorruptImage(
             f"{length} plain bytes in a pcluster of {size}", offset=address, nid=inode.nid
         )
     aligned = not (address | size) & vol.sb.block_size - 1
     if z.advise & ADVISE_INTERLACED_PCLUSTER and aligned:
-        return Extent(start, length, ENCODED, 0, address, size, ALG_INTERLACED)
-    return Extent(start, length, PLAIN, 0, address, size)
+        return Extent(start, length, ENCODED, device, address, size, ALG_INTERLACED)
+    return Extent(start, length, PLAIN, device, address, size)
 
 
 Record = tuple[int, int, int, int, bool]  # start, end, encoded length word, address, is the last
@@ -446,13 +448,18 @@ def _search_record(vol: Volume, inode: Inode, z: CompressionMap, offset: int) ->
     return start, end, plen, address, low >= z.extents
 
 
-def _check(vol: Volume, inode: Inode, extent: Extent) -> None:
-    """Refuse what no decoder should see."""
-    if extent.algorithm != ALG_INTERLACED and not vol.sb.algorithms >> extent.algorithm & 1:
+def _algorithm(vol: Volume, inode: Inode, algorithm: int) -> int:
+    """An algorithm's number, if the superblock lists it."""
+    if not vol.sb.algorithms >> algorithm & 1:
         raise CorruptImage(
-            f"compression algorithm {extent.algorithm}, which the superblock does not list",
+            f"compression algorithm {algorithm}, which the superblock does not list",
             nid=inode.nid,
         )
+    return algorithm
+
+
+def _check(inode: Inode, extent: Extent) -> None:
+    """Refuse what no decoder should see."""
     if extent.size > PCLUSTER_MAX_SIZE or extent.length > PCLUSTER_MAX_DSIZE:
         raise CorruptImage(
             f"pcluster of {extent.size} bytes for {extent.length}",

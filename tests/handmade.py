@@ -285,7 +285,8 @@ def build(
         incompat |= ondisk.INCOMPAT_COMPR_CFGS
         fields["available_compr_algs"] = sum(1 << n for n in configs)
         pieces[ondisk.SUPER_OFFSET + end] = b"".join(
-            struct.pack("<H", len(c)) + c + bytes(-(2 + len(c)) % 4) for _, c in sorted(configs.items())
+            struct.pack("<H", len(c)) + c + bytes(-(2 + len(c)) % 4)
+            for _, c in sorted(configs.items())
         )
     blocks = end_of(pieces) >> block_bits
     values: dict[str, Any] = dict.fromkeys(ondisk.SuperBlock._fields, 0) | {

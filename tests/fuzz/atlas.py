@@ -24,6 +24,7 @@ from pyerofs.image import Image
 from pyerofs.memory import METABOX
 from pyerofs.model import ENCODED, FRAGMENT, META, PLAIN, Inode
 from pyerofs.sources import MemorySource
+from tests.fuzz import crafted
 
 IMAGES = Path(__file__).parent.parent / "images"
 PER_INODE = 128  # index entries, dirents … taken of each inode: a few are as good as all
@@ -89,8 +90,9 @@ def open_bytes(image: bytes, devices: Sequence[bytes] = (), cache_size: int = 8 
 
 @cache
 def names() -> tuple[str, ...]:
-    """All subjects' names: the golden images, and ``…+flat`` for those that ``flatten`` changes."""
-    found = []
+    """All subjects' names: the handmade and the golden images, and ``…+flat`` for those that
+    ``flatten`` changes."""
+    found = [*crafted.GOOD]
     for path in sorted(IMAGES.glob("*.erofs")):
         image, devices = _golden(path.stem)
         found.append(path.stem)
@@ -102,6 +104,8 @@ def names() -> tuple[str, ...]:
 @cache
 def subject(name: str) -> Subject:
     """The subject of a name."""
+    if name in crafted.GOOD:
+        return Subject(name, crafted.GOOD[name]())
     stem, _, flat = name.partition("+")
     image, devices = _golden(stem)
     return Subject(name, flatten(image, devices) if flat else image, devices)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
-from pyerofs import directory
+import trio
+
+from pyerofs import aio, directory
+from pyerofs.cli.check import Checker
+from pyerofs.cli.common import Progress
 from pyerofs.errors import (
     CorruptImage,
     ErofsError,
@@ -19,6 +24,7 @@ from pyerofs.errors import (
 )
 from pyerofs.image import Image
 from pyerofs.model import Dirent, Inode
+from pyerofs.sources import Buffer, MemorySource
 from pyerofs.tree import file_type, inode_number, nid_of
 from tests.fuzz.atlas import open_bytes
 
@@ -75,6 +81,26 @@ def _check_error(e: ErofsError) -> None:
         raise Violation(f"names neither offset nor nid: {e}") from e
     if not str(e) or "\n" in str(e):
         raise Violation(f"not a message of one line: {str(e)!r}") from e
+
+
+class Hang(BaseException):
+    """Something took too long; not an Exception, so that nothing swallows it."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise Hang in the block if it takes longer.  For the main thread."""
+
+    def ring(*_: object) -> None:
+        raise Hang(f"more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def exercise(image: bytes, devices: Sequence[bytes] = (), limits: Limits | None = None) -> Outcome:
@@ -205,3 +231,86 @@ class _Reader:
                         self.image.stat(f"{path}/{entry.name}")
                 if count > self.limits.entries:
                     break
+
+
+class Stingy(MemorySource):
+    """Bytes of which about half are never there at once."""
+
+    def peek(self, offset: int, length: int) -> Buffer | None:
+        return None if (offset >> 9) * 0x9E3779B1 >> 13 & 1 else super().peek(offset, length)
+
+
+def exercise_async(
+    image: bytes, devices: Sequence[bytes] = (), limits: Limits | None = None
+) -> Outcome:
+    """The same through ``pyerofs.aio``, which has to wait for some of the bytes."""
+    outcome = Outcome()
+    trio.run(_run_async, image, devices, outcome, limits or Limits())
+    return outcome
+
+
+async def _run_async(
+    image: bytes, devices: Sequence[bytes], outcome: Outcome, limits: Limits
+) -> None:
+    sources = [Stingy(device) for device in (image, *devices)]
+    with outcome.attempt("open"):
+        async with aio.open(sources[0], devices=sources[1:], cache_size=1 << 20) as opened:
+            with outcome.attempt("walk"):
+                async for _, directories, others in opened.walk():
+                    for name, inode in (*directories, *others):
+                        with outcome.attempt("inode"):
+                            await _inode_async(opened, name, inode, outcome, limits)
+                        outcome.entries += 1
+                    if outcome.entries > limits.entries:
+                        break
+            for nid in (opened.superblock.packed_nid, opened.superblock.metabox_nid):
+                with outcome.attempt("inode"):
+                    special = await opened.inode(nid) if nid else opened.root
+                    await _inode_async(opened, "", special, outcome, limits)
+
+
+async def _inode_async(
+    opened: aio.AsyncImage, name: str, inode: Inode, outcome: Outcome, limits: Limits
+) -> None:
+    with outcome.attempt("stat"):
+        await opened.stat(inode)
+    with outcome.attempt("xattrs"):
+        await opened.xattrs(inode)
+    if inode.is_symlink:
+        with outcome.attempt("readlink"):
+            await opened.readlink(inode)
+    if inode.is_dir:
+        with outcome.attempt("child"):
+            await opened.child(inode, name.encode("utf-8", "surrogateescape"))
+    if not inode.is_file:
+        return
+    end = min(inode.size, limits.file_bytes)
+    for offset in (*range(0, end, limits.piece), max(inode.size - 100, 0)):
+        if outcome.bytes_read > limits.all_bytes:
+            return
+        with outcome.attempt("read"):
+            data = await opened.read_data(inode, offset, limits.piece)
+            outcome.bytes_read += len(data)
+            if len(data) != min(limits.piece, inode.size - offset):
+                raise Violation(f"{len(data)} bytes at {offset} of nid {inode.nid}, aio")
+
+
+def exercise_check(
+    image: bytes, devices: Sequence[bytes] = (), limits: Limits | None = None
+) -> Outcome:
+    """``pyerofs check``, which sets its own limits."""
+    outcome = Outcome()
+    with outcome.attempt("open"), open_bytes(image, devices) as opened:
+        checker = Checker(opened, Progress("checking", 0, quiet=True))
+        checker.run()
+        outcome.entries, outcome.bytes_read = checker.inodes, checker.bytes
+        if checker.problems:
+            outcome.results["check: problems"] += 1
+    return outcome
+
+
+WAYS: dict[str, Callable[[bytes, Sequence[bytes], Limits | None], Outcome]] = {
+    "image": exercise,
+    "aio": exercise_async,
+    "check": exercise_check,
+}

@@ -27,15 +27,12 @@ from random import Random
 from typing import Any, NamedTuple
 
 from tests.fuzz import atlas
-from tests.fuzz.exercise import exercise
+from tests.fuzz.exercise import WAYS, Hang, time_limit
 from tests.fuzz.mutate import Patch, apply, mutate
 
 MIB = 1 << 20
 BATCH = 100  # cases between two reports of a worker
-
-
-class Hang(BaseException):
-    """A case took too long; not an Exception, so that nothing swallows it."""
+WAYS_CHOICE = ("image", "image", "aio", "check")
 
 
 class TooMuchMemory(Exception):
@@ -49,6 +46,7 @@ class Case(NamedTuple):
     subject: str
     patches: tuple[Patch, ...]
     sealed: bool
+    way: str
 
     def image(self) -> bytes:
         """Its bytes."""
@@ -56,7 +54,10 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         sealed = "" if self.sealed else " (checksum as it was)"
-        lines = [f"case {self.number}: {self.subject}{sealed}", *(p.what for p in self.patches)]
+        lines = [
+            f"case {self.number}, {self.way}: {self.subject}{sealed}",
+            *(p.what for p in self.patches),
+        ]
         return "\n  ".join(lines)
 
 
@@ -65,7 +66,7 @@ def case(seed: int, number: int, subjects: tuple[str, ...]) -> Case:
     rng = Random(f"{seed}:{number}")
     name = rng.choice(subjects)
     patches = mutate(atlas.subject(name), rng)
-    return Case(number, name, tuple(patches), rng.random() < 0.9)
+    return Case(number, name, tuple(patches), rng.random() < 0.9, rng.choice(WAYS_CHOICE))
 
 
 @dataclass
@@ -145,20 +146,21 @@ def attempt(config: Config, tried: Case, tally: Tally) -> tuple[str, str] | None
     image, devices = tried.image(), atlas.subject(tried.subject).devices
     forget_peak()
     before, start = resident(), time.monotonic()
-    signal.setitimer(signal.ITIMER_REAL, config.seconds)
     try:
-        outcome = exercise(image, devices)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        with time_limit(config.seconds):
+            outcome = WAYS[tried.way](image, devices, None)
         used = max(0, resident("VmHWM") - before)
         tally.peak = max(tally.peak, before + used)
         tally.most = max(tally.most, (used, tried.number))
         tally.slowest = max(tally.slowest, (time.monotonic() - start, tried.number))
         tally.outcomes[outcome.kind] += 1
-        tally.results += outcome.results
+        tally.results.update({f"{tried.way} {k}": n for k, n in outcome.results.items()})
         if used > config.memory:
             raise TooMuchMemory(f"more than {config.memory >> 20} MiB")
-    except (Exception, Hang) as e:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    except (Exception, Hang, BaseExceptionGroup) as error:
+        e: BaseException = error
+        while isinstance(e, BaseExceptionGroup):
+            e = e.exceptions[0]
         tally.outcomes[type(e).__name__] += 1
         return _key(e), "".join(traceback.format_exception(e, limit=-12))
     return None
@@ -192,13 +194,8 @@ def shrink(config: Config, failed: Case, key: str) -> Case:
 # --- workers ------------------------------------------------------------------------------------
 
 
-def _ring(*_: Any) -> None:
-    raise Hang
-
-
 def work(config: Config, job: int, start: int, current: Any, reports: Connection) -> None:
     """Try this job's cases from number ``start`` on, in a process of its own."""
-    signal.signal(signal.SIGALRM, _ring)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in config.subjects:
         atlas.subject(name)
@@ -337,7 +334,7 @@ def main() -> int:
     if args.only is not None:
         single = case(args.seed, args.only, subjects)
         print(single)
-        print(exercise(single.image(), atlas.subject(single.subject).devices))
+        print(WAYS[single.way](single.image(), atlas.subject(single.subject).devices, None))
         return 0
     config = Config(
         args.seed, args.count, args.jobs, args.seconds, args.memory * MIB, subjects

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 import lz4.block
 import pytest
-from tests import handmade as hm
 
 import pyerofs
 from pyerofs import ondisk
 from pyerofs.sources.concat import ConcatSource
 from pyerofs.sources.file import FileSource
 from pyerofs.sources.memory import MemorySource
+from tests import handmade as hm
 
 IMAGES = Path(__file__).parent.parent / "images"
 
@@ -76,10 +76,9 @@ def by_deflate(data: bytes) -> bytes:
     return encoder.compress(data) + encoder.flush()
 
 
-def padded(stream: bytes, blocks: int = 1) -> bytes:
-    """A pcluster: a stream right-aligned in some blocks, of which its padding is less than one."""
-    assert (blocks - 1) * 4096 < len(stream) <= blocks * 4096
-    return stream.rjust(blocks * 4096, b"\0")
+def padded(stream: bytes) -> bytes:
+    """A pcluster: a stream right-aligned in whole blocks."""
+    return bytes(-len(stream) % 4096) + stream
 
 
 def chain(lclusters: int) -> list[bytes]:
@@ -168,10 +167,10 @@ def device_ids_with_other_bits() -> Case:
     one, two, three = ({0: hm.noise(8192, seed)} for seed in (1, 2, 3))
     # three devices: two bits of an id count.  No chunk continues the sector numbers of the one
     # before it on another device: readahead of Linux 6.18 would join the two in one request
-    places = [(0xFFF1, 0), (0x8002, 0), (0x0007, 1), (4, 100), (0x7FFE, 1), (0xFFF3, 0)]
+    places = [(0xFFF1, 0), (0x8002, 0), (0x0007, 0), (4, 100), (0x7FFE, 1), (0xFFF3, 1)]
     content = (
-        one[0][:4096] + two[0][:4096] + three[0][4096:]
-        + hm.text(4096) + two[0][4096:] + three[0][:10]
+        one[0][:4096] + two[0][:4096] + three[0][:4096]
+        + hm.text(4096) + two[0][4096:] + three[0][4096:4106]
     )  # fmt: skip
     image = hm.build(
         {b"file": hm.chunks(5 * 4096 + 10, places)},
@@ -252,32 +251,18 @@ def flat_image_of_a_far_device() -> Case:
 def full_index() -> Case:
     data = hm.noise(4096) + hm.text(30000, seed=7)
     other = hm.text(12288)
-    stored = hm.noise(12288, seed=1)
-    first, rest = by_lz4(data[:20000]), by_deflate(data[20000:])
-    blocks = {
-        100: padded(first, 2),
-        110: padded(rest),
-        111: padded(by_lz4(other)),
-        112: padded(by_lz4(data[:8192]), 2),
-        114: padded(by_lz4(data[8192:]), 2),
-        120: stored,
-    }
-    count = hm.first(2, 3), hm.nonhead(2, 2), hm.nonhead(3, 1)
+    start, end = padded(by_lz4(data[:20000])), padded(by_deflate(data[20000:]))
+    wide = padded(by_lz4(data[:16384]))
+    small = padded(by_lz4(other))
+    assert [len(p) // 4096 for p in (start, end, wide, small)] == [2, 1, 2, 1]
+    first = [hm.head(HEAD1, 0, 100), hm.first(2, 3), hm.nonhead(2, 2), hm.nonhead(3, 1)]
+    second = hm.head(HEAD2, 20000 - 16384, 110)
     files = {
         b"heads": hm.indexed(
-            34096,
-            [hm.head(HEAD1, 0, 100), *count, hm.head(HEAD2, 20000 - 16384, 110), hm.first(1, 4)]
-            + chain(5)[1:],
-            BIG,
-            head2=DEFLATE,
-            blocks=3,
+            34096, [*first, second, hm.first(1, 4), *chain(5)[1:]], BIG, head2=DEFLATE, blocks=3
         ),
-        b"one head is big": hm.indexed(
-            34096,
-            [hm.head(HEAD1, 0, 100), *count, hm.head(HEAD2, 20000 - 16384, 110), *chain(5)],
-            ondisk.ADVISE_BIG_PCLUSTER_1,
-            head2=DEFLATE,
-            blocks=3,
+        b"one kind is big": hm.indexed(
+            34096, [*first, second, *chain(5)], ondisk.ADVISE_BIG_PCLUSTER_1, head2=DEFLATE
         ),
         b"partial": hm.indexed(
             5700,
@@ -285,12 +270,15 @@ def full_index() -> Case:
             head2=DEFLATE,
         ),
         b"whole": hm.indexed(12288, [hm.head(HEAD1, 0, 111), *chain(3)]),
-        b"old": hm.indexed(  # early mkfs left out the distance ahead
+        b"early": hm.indexed(  # mkfs before 1.0 left out the distance ahead
             12288, [hm.head(HEAD1, 0, 111), hm.nonhead(1, 0), hm.nonhead(2, 0)]
         ),
-        b"lclusters of two blocks": hm.indexed(
-            34096,
-            [hm.head(HEAD1, 0, 112), hm.head(HEAD1, 0, 114), hm.first(2, 3)] + chain(4)[1:],
+        b"early and big": hm.indexed(
+            20000, [*first[:1], hm.first(2, 0), *[hm.nonhead(i, 0) for i in (2, 3, 4)]], BIG
+        ),
+        b"wide": hm.indexed(  # lclusters of two blocks
+            20000,
+            [hm.head(HEAD1, 0, 112), hm.first(2, 1), hm.head(HEAD1, 0, 111, partial=True)],
             BIG,
             bits=1,
         ),
@@ -298,14 +286,458 @@ def full_index() -> Case:
             12288, [hm.head(PLAIN, 0, 120), hm.first(3, 2), hm.nonhead(2, 1)], BIG
         ),
     }
-    # a pcluster of two blocks needs its count: the lcluster behind the first head above is a head
-    files.pop(b"lclusters of two blocks")
+    stored = hm.noise(12288, seed=1)
     contents = {
         "heads": data,
-        "one head is big": data,
+        "one kind is big": data,
         "partial": other[:5000] + data[20000:20700],
         "whole": other,
-        "old": other,
+        "early": other,
+        "early and big": data[:20000],
+        "wide": data[:16384] + other[:3616],
         "stored": stored,
     }
+    blocks = {100: start, 110: end, 111: small, 112: wide, 120: stored}
     return Case(hm.build(files, blocks, incompat=COMPRESSED, configs=CONFIGS), contents)
+
+
+@case
+def extent_records() -> Case:
+    data, stored = hm.text(12288), hm.noise(4096)
+    one, two, all_ = by_lz4(data[:4096]), by_lz4(data[8192:]), by_deflate(data)
+    # nothing is aligned: streams lie one after another from some byte on
+    at_one, at_all = 100 * 4096 + 100, 200 * 4096 + 17
+    at_stored, at_two = at_one + len(one), at_one + len(one) + 4096
+    regular = [
+        (0, hm.plen(len(one), LZ4), at_one),
+        (4096, hm.plen(4096), at_stored),
+        (8192, 0, 0),
+        (12288, hm.plen(len(two), LZ4), at_two),
+    ]
+    odd = [
+        (0, hm.plen(len(all_), DEFLATE, partial=True), at_all),
+        (1000, 0, 0),
+        (7000, hm.plen(2000), at_stored + 3),
+        (9000, hm.plen(len(all_), DEFLATE), at_all),
+    ]
+    cut = [*regular[:3], (12288, hm.plen(len(two), LZ4, partial=True), at_two)]
+    files = {b"cut": hm.extents(12388, 4, cut), b"hole": hm.extents(9000, 8, [(0, 0, 0)] * 3)}
+    files |= {b"regular %d" % n: hm.extents(16384, n, regular) for n in (4, 8, 16, 32)}
+    files |= {b"odd %d" % n: hm.extents(9000 + 12288, n, odd) for n in (16, 32)}
+    whole = data[:4096] + stored + bytes(4096) + data[8192:]
+    contents = {"cut": whole[:12388], "hole": bytes(9000)}
+    contents |= {f"regular {n}": whole for n in (4, 8, 16, 32)}
+    contents |= {f"odd {n}": data[:1000] + bytes(6000) + stored[3:2003] + data for n in (16, 32)}
+    image = hm.build(files, incompat=COMPRESSED | ondisk.INCOMPAT_48BIT, configs=CONFIGS)
+    return Case(image | {at_one: one + stored + two, at_all: all_}, contents)
+
+
+def rotated(data: bytes, start: int, blocks: int) -> bytes:
+    """An interlaced pcluster: what comes before the first block boundary of the file lies at the
+    pcluster's end, the rest at its beginning."""
+    before = 4096 - start % 4096
+    assert len(data) > before
+    return data[before:].ljust(blocks * 4096 - before, b"\xee") + data[:before]
+
+
+@case
+def interlaced() -> Case:
+    lead, stored = hm.text(5120), hm.noise(12288)
+    head = hm.head(HEAD1, 0, 100)
+    stream = by_lz4(lead)
+    at = 101 * 4096 - len(stream)
+    several = [hm.first(3, 2), hm.nonhead(2, 1)]
+    files = {
+        b"aligned": hm.indexed(12288, [hm.head(PLAIN, 0, 110), *several], BIG | INTERLACED),
+        b"odd": hm.indexed(14336, [head, hm.head(PLAIN, 1024, 120), *several], BIG | INTERLACED),
+        b"one block": hm.indexed(8192, [head, hm.head(PLAIN, 1024, 130)], BIG | INTERLACED),
+        b"extent": hm.extents(
+            17408, 16, [(0, hm.plen(len(stream), LZ4), at), (5120, hm.plen(12288), 140 * 4096)],
+            INTERLACED,
+        ),
+        b"extent at some byte": hm.extents(
+            17408, 16, [(0, hm.plen(len(stream), LZ4), at), (5120, hm.plen(12288), 150 * 4096 + 9)],
+            INTERLACED,  # aligned extents only
+        ),
+    }  # fmt: skip
+    blocks = {
+        100: padded(stream),
+        110: rotated(stored, 0, 3),
+        120: rotated(stored[:9216], 5120, 3),
+        130: stored[:3072].rjust(4096, b"\xee"),  # all of it before the boundary
+        140: rotated(stored, 5120, 3),
+        150: bytes(9) + stored,
+    }
+    contents = {
+        "aligned": stored,
+        "odd": lead + stored[:9216],
+        "one block": lead + stored[:3072],
+        "extent": lead + stored,
+        "extent at some byte": lead + stored,
+    }
+    incompat = COMPRESSED | ondisk.INCOMPAT_48BIT
+    return Case(hm.build(files, blocks, incompat=incompat, configs=CONFIGS), contents)
+
+
+@case
+def odd_inodes() -> Case:
+    files = {
+        b"nid 0": hm.plain(9, 100),
+        b"nid 1": hm.plain(5000, 101),
+        b"device": hm.inode(0, 0, 0xFFFFFFFF, mode=stat.S_IFCHR | 0o600),
+        b"extended device": hm.inode(0, 0, 0xFFFFFFFF, mode=stat.S_IFBLK | 0o600, extended=True),
+        b"hole": hm.plain(3 << 20, 0xFFFFFFFF),
+    }
+    data = hm.text(5000)
+    image = hm.build(files, {100: b"contents", 101: data}, first_nid=0)
+    return Case(image, {"nid 0": b"contents\0", "nid 1": data, "hole": bytes(3 << 20)})
+
+
+@case
+def nids_beyond_31_bits() -> Case:
+    files = {b"file": hm.inline(b"far"), b"link": hm.inline(b"file", mode=stat.S_IFLNK | 0o777)}
+    image = hm.build(files, first_nid=(1 << 31) + 128, incompat=ondisk.INCOMPAT_48BIT)
+    return Case(image, {"file": b"far"})
+
+
+@case
+def metadata_beyond_31_bits() -> Case:
+    # Linux takes meta_blkaddr as unsigned (erofs-utils 1.9.3 does not)
+    image = hm.build({b"file": hm.inline(b"far")}, block_bits=9, meta_blkaddr=1 << 31)
+    return Case(image, {"file": b"far"})
+
+
+@case
+def unknown_compatible_feature() -> Case:
+    return Case(hm.build({b"file": hm.inline(b"data")}, compat=1 << 30), {"file": b"data"})
+
+
+# --- what the library must read -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_content(name: str) -> None:
+    found = CASES[name]()
+    with found.open() as image:
+        wrong = [path for path, content in found.contents.items() if image.read(path) != content]
+        assert wrong == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_content_in_pieces(name: str) -> None:
+    found = CASES[name]()
+    for path, content in found.contents.items():
+        step = max(len(content) // 7, 1)
+        for at in range(len(content) - 1, -1, -step):  # backwards, with nothing known before
+            with found.open() as image:
+                assert image.read(path, at, 1500) == content[at : at + 1500], (path, at)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_extents_cover_files(name: str) -> None:
+    found = CASES[name]()
+    with found.open() as image:
+        for path, content in found.contents.items():
+            end = 0
+            for extent in image.extents(path):
+                assert extent.start == end, path
+                end = extent.end
+            assert end == len(content), path
+
+
+def test_shared_xattrs_in_metabox() -> None:
+    with metabox_shared_xattrs().open() as image:
+        expected = {
+            "user.own": b"inline", "user.shared": b"in the metabox", "security.other": b"S" * 30,
+        }  # fmt: skip
+        assert image.xattrs("inside") == image.xattrs("outside") == expected
+        assert image.getxattr("outside", "security.other") == b"S" * 30
+
+
+def test_holes_are_seen_as_such() -> None:
+    with odd_inodes().open() as image:
+        assert [(e.kind, e.length) for e in image.extents("hole")] == [(0, 3 << 20)]
+    with extent_records().open() as image:
+        assert [e.start for e in image.extents("odd 16") if e.kind == 0] == [1000]
+
+
+def test_first_nids_are_ordinary() -> None:
+    with odd_inodes().open() as image:
+        assert [image.lookup(f"nid {n}").nid for n in (0, 1)] == [0, 1]
+        assert image.inode(0).size == 9
+
+
+@pytest.mark.parametrize("path", ["device", "extended device"])
+def test_rdev_of_ones(path: str) -> None:
+    with odd_inodes().open() as image:
+        assert image.stat(path).st_rdev == os.makedev(0xFFF, 0xFFFFF)
+
+
+def test_inode_numbers_without_a_metabox() -> None:
+    with nids_beyond_31_bits().open() as image:
+        inode = image.lookup("file")
+        assert image.stat(inode).st_ino == inode.nid == (1 << 31) + 128
+
+
+def test_48_bit_block_count() -> None:
+    with addresses_of_48_bits().open() as image:
+        assert image.superblock.total_blocks == BEYOND + 16
+        assert image.superblock.root_nid == image.root.nid
+
+
+def test_compressed_blocks_beyond_32_bits() -> None:
+    # Linux 6.18 drops the high bits; later ones show them
+    entries = [hm.head(HEAD1, 0, 100)]
+    files = {
+        b"compact": hm.indexed(100, entries, blocks=3, high=1),
+        b"extended": hm.indexed(100, entries, blocks=3, high=1, extended=True),
+        b"links": hm.indexed(100, entries, blocks=3, nlink=2),
+    }
+    image = hm.build(files, {100: by_lz4(bytes(100))}, incompat=ondisk.INCOMPAT_48BIT)
+    with Case(image, {}).open() as opened:
+        blocks = [opened.stat(name).st_blocks for name in ("compact", "extended", "links")]
+        assert blocks == [(BEYOND + 3) * 8, (BEYOND + 3) * 8, 3 * 8]
+
+
+def test_the_last_addresses_of_48_bits() -> None:
+    """The largest block is the null address; the one before it is 2**60 bytes away."""
+    last = ondisk.NULL_ADDR_48 - 1
+    files = {
+        b"chunks": hm.chunks(5000, [(0, last), (0, ondisk.NULL_ADDR_48)], form=ondisk.CHUNK_48BIT),
+        b"flat": hm.plain(4000, 0xFFFFFFFE, high=0xFFFF),
+    }
+    incompat = ondisk.INCOMPAT_48BIT | ondisk.INCOMPAT_CHUNKED_FILE
+    data = hm.text(4096)
+    with Case(hm.build(files, {last: data}, incompat=incompat), {}).open() as image:
+        assert image.read("chunks") == data + bytes(904)
+        assert image.read("flat") == data[:4000]
+        assert image.superblock.blocks == ondisk.NULL_ADDR_48
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_directory_blocks_of_several_blocks(bits: int) -> None:
+    image = directory_blocks(bits)
+    with Case(image, {}).open() as opened:
+        names = opened.listdir("many")
+        assert names == [f"name {i:03}" for i in range(600)]
+        assert {opened.lookup(f"many/{name}").nid for name in names} == {2}
+        assert not opened.exists("many/name")
+        assert opened.superblock.directory_block_size == 4096 << bits
+
+
+def directory_blocks(bits: int) -> hm.Pieces:
+    names = {b"name %03d" % i: (2, ondisk.FT_REG_FILE) for i in range(600)}
+    data = hm.directory(names, 4096 << bits)
+    many = hm.plain(len(data), 100, mode=hm.DIRECTORY, nlink=2)
+    return hm.build({b"file": hm.inline(b"data"), b"many": many}, {100: data}, dirblkbits=bits)
+
+
+def test_unknown_compatible_feature_is_named() -> None:
+    with unknown_compatible_feature().open() as image:
+        assert "compat:0x40000000" in image.superblock.feature_names
+
+
+def unknown_incompatible_feature() -> hm.Pieces:
+    return hm.build({}, incompat=0x400)
+
+
+def bad_checksum() -> hm.Pieces:
+    image = hm.build({})
+    raw = bytearray(image[ondisk.SUPER_OFFSET])
+    raw[24] ^= 1  # of the epoch
+    return image | {ondisk.SUPER_OFFSET: bytes(raw)}
+
+
+def test_unknown_incompatible_feature_is_refused() -> None:
+    with pytest.raises(pyerofs.UnsupportedFeature, match="0x400"):
+        Case(unknown_incompatible_feature(), {}).open()
+
+
+def test_bad_checksum_is_refused() -> None:
+    with pytest.raises(pyerofs.CorruptImage, match="checksum") as caught:
+        Case(bad_checksum(), {}).open()
+    assert caught.value.offset == ondisk.SUPER_OFFSET + 4
+
+
+# --- a tar index and its tar as one flat image ------------------------------------------------
+
+
+def tar_index_flat() -> bytes:
+    index, data = (IMAGES / "tar-index.erofs", IMAGES / "tar-index.dev0")
+    with pyerofs.open(index) as image:
+        start = image.superblock.devices[0].uniaddr * image.superblock.block_size
+    return index.read_bytes().ljust(start, b"\0") + data.read_bytes()
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def described(image: pyerofs.Image, path: str) -> dict[str, object]:
+    """An entry as the manifests of the images have it (tars carry no xattrs or devices here)."""
+    inode = image.lookup(path, follow_symlinks=False)
+    found = image.stat(inode)
+    entry: dict[str, object] = {
+        "mode": found.st_mode,
+        "uid": found.st_uid,
+        "gid": found.st_gid,
+        "nlink": found.st_nlink,
+        "size": found.st_size,
+        "mtime_ns": found.st_mtime_ns,
+    }
+    if inode.is_file:
+        entry["sha256"] = digest(image.read(inode))
+    if inode.is_symlink:
+        entry["target"] = image.readlink(inode)
+    return entry
+
+
+@pytest.mark.parametrize("way", ["flat", "concatenated", "devices"])
+def test_tar_index(way: str) -> None:
+    index, data = IMAGES / "tar-index.erofs", IMAGES / "tar-index.dev0"
+    if way == "flat":
+        image = pyerofs.open(MemorySource(tar_index_flat()))
+    elif way == "concatenated":
+        image = pyerofs.open(ConcatSource([FileSource(index), FileSource(data)]))
+    else:
+        image = pyerofs.open(index, devices=[data])
+    expected = json.loads((IMAGES / "tar-index.json").read_text())["entries"]
+    with image:
+        paths = [".", *(path.lstrip("/") for path in all_paths(image) if path != "/")]
+        assert {path: described(image, path) for path in paths} == expected
+
+
+# --- the kernel agrees --------------------------------------------------------------------------
+
+
+class Shown(NamedTuple):
+    """What an entry looks like; ``content``: names in a directory, a link's target, or a digest."""
+
+    stat: pyerofs.Stat
+    content: str | list[str]
+    xattrs: dict[str, bytes]
+
+
+def all_paths(image: pyerofs.Image) -> Iterator[str]:
+    yield "/"
+    for _, directories, others in image.walk():
+        yield from (entry.path for entry in directories + others)
+
+
+def by_library(image: pyerofs.Image, path: str) -> Shown:
+    inode = image.lookup(path, follow_symlinks=False)
+    content: str | list[str] = ""
+    if inode.is_dir:
+        # readdir(3) passes over entries whose inode number is 0
+        content = [entry.name for entry in image.scandir(inode) if entry.dirent.nid]
+    elif inode.is_symlink:
+        content = image.readlink(inode)
+    elif inode.is_file:
+        content = digest(image.read(inode))
+    return Shown(image.stat(inode), content, image.xattrs(inode))
+
+
+def by_kernel(path: Path) -> Shown:
+    found = path.lstat()
+    content: str | list[str] = ""
+    if stat.S_ISDIR(found.st_mode):
+        content = os.listdir(path)
+    elif stat.S_ISLNK(found.st_mode):
+        content = os.readlink(path)
+    elif stat.S_ISREG(found.st_mode):
+        content = digest(path.read_bytes())
+    fields = (getattr(found, field) for field in pyerofs.Stat._fields)
+    names = os.listxattr(path, follow_symlinks=False)
+    xattrs = {name: os.getxattr(path, name, follow_symlinks=False) for name in names}
+    return Shown(pyerofs.Stat(*fields), content, xattrs)
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def why_no_kernel() -> str | None:
+    """Why this machine can't mount what this module makes, if it can't."""
+    if os.geteuid():
+        return "mounting needs root"
+    if not all(shutil.which(tool) for tool in ("losetup", "mount", "umount")):
+        return "losetup, mount or umount is missing"
+    drivers = Path("/proc/filesystems")
+    if not drivers.exists() or "\terofs\n" not in drivers.read_text():
+        return "this kernel has no erofs driver"
+    if tuple(map(int, platform.release().split(".")[:2])) < (6, 18):
+        return "kernels before 6.18 lack some features"
+    if run("losetup", "--find").returncode:
+        return "no loop devices"
+    return None
+
+
+NO_KERNEL = why_no_kernel()
+needs_kernel = pytest.mark.skipif(NO_KERNEL is not None, reason=str(NO_KERNEL))
+
+
+@contextmanager
+def mounted(found: Case, directory: Path) -> Iterator[Path]:
+    """Mount a case.  Raises OSError if the kernel refuses it."""
+    with ExitStack() as stack:
+        loops = []
+        for number, pieces in enumerate((found.image, *found.devices)):
+            path = directory / f"device{number}"
+            try:
+                hm.save(pieces, path)
+            except OSError as e:
+                pytest.skip(f"no sparse file of {hm.end_of(pieces)} bytes here: {e.strerror}")
+            stack.callback(path.unlink)
+            loop = run("losetup", "--find", "--show", "--read-only", path).stdout.strip()
+            assert loop, "no loop device left"
+            stack.callback(run, "losetup", "--detach", loop)
+            loops.append(loop)
+        where = directory / "mounted"
+        where.mkdir()
+        options = ",".join(["ro", *(f"device={loop}" for loop in loops[1:])])
+        result = run("mount", "-t", "erofs", "-o", options, loops[0], where)
+        if result.returncode:
+            raise OSError(result.stderr.strip())
+        stack.callback(unmount, where)
+        yield where
+
+
+def unmount(where: Path) -> None:
+    assert run("umount", where).returncode == 0, f"{where} is still mounted"
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_shows_the_same(name: str, tmp_path: Path) -> None:
+    compare_with_kernel(CASES[name](), tmp_path)
+
+
+@needs_kernel
+def test_kernel_shows_the_same_tar_index(tmp_path: Path) -> None:
+    compare_with_kernel(Case({0: tar_index_flat()}, {}), tmp_path)
+
+
+def compare_with_kernel(found: Case, directory: Path) -> None:
+    with mounted(found, directory) as where, found.open() as image:
+        for path in all_paths(image):
+            assert by_library(image, path) == by_kernel(where / path.lstrip("/")), path
+        room = os.statvfs(where)
+        assert (room.f_blocks, room.f_bsize) == (
+            image.superblock.total_blocks,
+            image.superblock.block_size,
+        )
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "image",
+    [
+        pytest.param(unknown_incompatible_feature(), id="unknown incompatible feature"),
+        pytest.param(bad_checksum(), id="bad checksum"),
+        pytest.param(directory_blocks(1), id="directory blocks of two blocks"),
+    ],
+)
+def test_kernel_refuses(image: hm.Pieces, tmp_path: Path) -> None:
+    """What the library refuses, and the one thing that only it reads."""
+    with pytest.raises(OSError, match="mount"), mounted(Case(image, {}), tmp_path):
+        pass

@@ -1,0 +1,142 @@
+"""The ceiling: pyfuse3 serving a tree from memory, with no parsing and no decoding.
+
+    python ceiling.py IMAGE MOUNTPOINT
+
+Reads the whole image first (names, attributes and data, up to a few GB), then serves it with the
+smallest possible operations: what any file system built on pyfuse3 could reach at best.  Runs in the
+background once mounted, like pyerofs-fuse; unmount it to end it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyfuse3
+import trio
+
+import pyerofs
+from pyerofs import tree
+
+FOREVER = 1e9
+
+
+class Node:
+    """An inode with everything about it ready to be sent."""
+
+    __slots__ = ("attr", "children", "data", "rows")
+
+    def __init__(self, attr: Any) -> None:
+        self.attr = attr
+        self.children: dict[bytes, Node] = {}
+        self.rows: list[tuple[bytes, Any, int]] = []
+        self.data: bytes | memoryview = b""
+
+
+class Ceiling(pyfuse3.Operations):
+    """Dictionary look-ups, and nothing else."""
+
+    enable_writeback_cache = False
+
+    def __init__(self, nodes: dict[int, Node]) -> None:
+        super().__init__()
+        self._nodes = nodes
+        self._missing = pyfuse3.EntryAttributes()
+        self._missing.st_ino = 0
+        self._missing.entry_timeout = FOREVER
+
+    async def lookup(self, parent: int, name: bytes, ctx: Any) -> Any:
+        child = self._nodes[parent].children.get(name)
+        return self._missing if child is None else child.attr
+
+    async def getattr(self, inode: int, ctx: Any) -> Any:
+        return self._nodes[inode].attr
+
+    async def readlink(self, inode: int, ctx: Any) -> Any:
+        return self._nodes[inode].data
+
+    async def opendir(self, inode: int, ctx: Any) -> int:
+        return inode
+
+    async def readdir(self, fh: int, start: int, token: Any) -> None:
+        for name, attr, cookie in self._nodes[fh].rows[start:]:
+            if not pyfuse3.readdir_reply(token, name, attr, cookie):
+                break
+
+    async def open(self, inode: int, flags: int, ctx: Any) -> Any:
+        return pyfuse3.FileInfo(fh=inode, keep_cache=True)
+
+    async def read(self, fh: int, offset: int, size: int) -> Any:
+        return memoryview(self._nodes[fh].data)[offset : offset + size]
+
+    async def release(self, fh: int) -> None:
+        pass
+
+    async def releasedir(self, fh: int) -> None:
+        pass
+
+    async def flush(self, fh: int) -> None:
+        pass
+
+    async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
+        raise pyfuse3.FUSEError(errno.ENODATA)
+
+
+def load(image: pyerofs.Image) -> dict[int, Node]:
+    """The whole tree as Nodes by node id."""
+    nodes: dict[int, Node] = {}
+
+    def node(inode: pyerofs.Inode) -> Node:
+        number = 1 if inode.nid == image.root.nid else tree.inode_number(image.volume, inode.nid)
+        found = nodes.get(number)
+        if found is None:
+            attr = pyfuse3.EntryAttributes()
+            s = image.stat(inode)
+            attr.st_ino = number
+            for field in ("mode", "nlink", "uid", "gid", "size", "blksize", "blocks", "rdev"):
+                setattr(attr, f"st_{field}", getattr(s, f"st_{field}"))
+            attr.st_mtime_ns = attr.st_atime_ns = attr.st_ctime_ns = s.st_mtime_ns
+            attr.entry_timeout = attr.attr_timeout = FOREVER
+            found = nodes[number] = Node(attr)
+            if inode.is_file:
+                found.data = image.read(inode)
+            elif inode.is_symlink:
+                found.data = os.fsencode(image.readlink(inode))
+        return found
+
+    for _, directories, others, here in _walk(image):
+        parent = node(here)
+        entries = sorted(directories + others, key=lambda e: e.dirent.name)
+        for i, entry in enumerate(entries, 1):
+            child = node(entry.inode)
+            parent.children[entry.dirent.name] = child
+            parent.rows.append((entry.dirent.name, child.attr, i))
+    return nodes
+
+
+def _walk(image: pyerofs.Image) -> Any:
+    for path, directories, others in image.walk():
+        yield path, directories, others, image.lookup(path)
+
+
+def main() -> None:
+    """Load, mount, fork, serve."""
+    with pyerofs.open(sys.argv[1]) as image:
+        nodes = load(image)
+    if os.fork():
+        while not Path(sys.argv[2]).is_mount():
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
+        os._exit(0)
+    os.setsid()
+    pyfuse3.init(Ceiling(nodes), sys.argv[2], {"ro", "fsname=ceiling"})
+    try:
+        trio.run(pyfuse3.main)
+    finally:
+        pyfuse3.close()
+
+
+if __name__ == "__main__":
+    main()

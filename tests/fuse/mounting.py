@@ -1,0 +1,158 @@
+"""Mount images for tests, and leave nothing of it behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.fuse import libc
+from tests.manifests import Manifest
+
+COMMAND = Path(sysconfig.get_path("scripts")) / "pyerofs-fuse"
+PATIENCE = 10.0  # seconds for what should take none, on a busy machine
+
+Word = str | Path
+
+
+def run(*words: Word, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run pyerofs-fuse; returns when it has ended and nobody holds its output open any more."""
+    return subprocess.run(
+        [COMMAND, *words],
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        timeout=30,
+        **how,
+    )
+
+
+def image_words(manifest: Manifest) -> list[Word]:
+    """What the command needs to be told about an image."""
+    offset = [f"--offset={manifest.offset}"] if manifest.offset else []
+    return [*offset, *(f"--device={device}" for device in manifest.devices), manifest.image]
+
+
+@contextmanager
+def mounted(image: Path | Manifest, where: Path, *options: Word, **how: Any) -> Iterator[Path]:
+    """An image mounted in the background at ``where``, a directory that is made if need be."""
+    words = image_words(image) if isinstance(image, Manifest) else [image]
+    with cleaned(where):
+        done = run(*options, *words, where, **how)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        yield where
+
+
+@contextmanager
+def foreground(*words: Word, where: Path, **how: Any) -> Iterator[subprocess.Popen[str]]:
+    """``pyerofs-fuse -f``, once it has mounted."""
+    with (
+        cleaned(where),
+        subprocess.Popen(
+            [COMMAND, "-f", *words, where],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how,
+        ) as process,
+    ):  # fmt: skip
+        try:
+            assert wait_until(lambda: is_mounted(where) or process.poll() is not None)
+            assert process.poll() is None, process.communicate()
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def cleaned(where: Path) -> Iterator[Path]:
+    """A mount point; afterwards nothing is mounted there and no daemon of it runs."""
+    if not os.path.lexists(where):
+        where.mkdir()
+    try:
+        yield where
+    finally:
+        for pid in daemons(where):
+            os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: not daemons(where))
+        while is_mounted(where):
+            unmount(where, "-z")
+
+
+@contextmanager
+def kernel_mounted(manifest: Manifest, where: Path) -> Iterator[Path]:
+    """An image mounted by the kernel's own driver.  Raises OSError where that is not possible."""
+    options = [f"device={device}" for device in manifest.devices]
+    options += [f"fsoffset={manifest.offset}"] if manifest.offset else []
+    where.mkdir(exist_ok=True)
+    libc.mount(manifest.image, where, "erofs", ",".join(options))
+    try:
+        yield where
+    finally:
+        libc.unmount(where)
+
+
+def unmount(where: Path, *options: str, **how: Any) -> None:
+    """What users do."""
+    subprocess.run(["fusermount3", "-u", *options, where], check=True, timeout=30, **how)
+
+
+def wait_until(condition: Callable[[], object], patience: float = PATIENCE) -> bool:
+    """Whether a condition comes true in time."""
+    end = time.monotonic() + patience
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+class MountLine(NamedTuple):
+    """A line of /proc/self/mounts, its escapes decoded."""
+
+    source: str
+    where: str
+    kind: str
+    options: list[str]
+
+
+def mounts() -> list[MountLine]:
+    """What is mounted in this namespace."""
+    lines = Path("/proc/self/mounts").read_bytes().splitlines()
+    return [_mount_line([_unescaped(field) for field in line.split(b" ")]) for line in lines]
+
+
+def _mount_line(fields: list[str]) -> MountLine:
+    return MountLine(fields[0], fields[1], fields[2], fields[3].split(","))
+
+
+def _unescaped(field: bytes) -> str:
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), field))
+
+
+def mounts_at(where: Path) -> list[MountLine]:
+    return [line for line in mounts() if line.where == os.fspath(where)]
+
+
+def is_mounted(where: Path) -> bool:
+    """Whether something is mounted there, alive or dead."""
+    return bool(mounts_at(where))
+
+
+def daemons(where: Path) -> list[int]:
+    """The processes of pyerofs-fuse for one mount point."""
+    return [
+        pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _serves(pid, where)
+    ]
+
+
+def _serves(pid: int, where: Path) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")  # empty for zombies
+    except OSError:
+        return False  # ended meanwhile
+    return os.fsencode(where) in words and os.fsencode(COMMAND) in words

@@ -1,0 +1,125 @@
+"""Images made by hand: good ones with what mkfs.erofs hardly writes, and hostile directories."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import lz4.block
+
+from pyerofs import ondisk
+from tests import handmade as hm
+
+BLOCK = 512
+CONFIGS = {
+    ondisk.ALG_LZ4: ondisk.LZ4_CFGS.pack(65535, 16),
+    ondisk.ALG_DEFLATE: ondisk.DEFLATE_CFGS.pack(15),
+}
+BIG = ondisk.ADVISE_BIG_PCLUSTER_1 | ondisk.ADVISE_BIG_PCLUSTER_2
+
+
+def flattened(pieces: hm.Pieces) -> bytes:
+    """A handmade image as bytes."""
+    source = hm.Sparse(pieces)
+    return bytes(source.read_at(0, source.size))
+
+
+def _padded(stream: bytes) -> bytes:
+    return stream.rjust(-(-len(stream) // BLOCK) * BLOCK, b"\0")
+
+
+def _lz4(data: bytes) -> bytes:
+    return _padded(lz4.block.compress(data, mode="high_compression", store_size=False))
+
+
+def _deflate(data: bytes) -> bytes:
+    encoder = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return _padded(encoder.compress(data) + encoder.flush())
+
+
+def records() -> bytes:
+    """Extent records of all four sizes: three pclusters, a hole and stored bytes in each file."""
+    pieces: list[bytes] = []
+    stored = hm.noise(BLOCK)
+    found = {}
+    for size in (4, 8, 16, 32):
+        step = BLOCK if size <= 8 else 3000  # shorter records are about one lcluster each
+        streams = [_lz4(hm.text(step, seed=size)), _deflate(hm.text(step, seed=1)), stored]
+        forms = (ondisk.ALG_LZ4, ondisk.ALG_DEFLATE, None)
+        rows, start = [], 0
+        for stream, form in zip(streams, forms, strict=True):
+            block = 200 + sum(map(len, pieces)) // BLOCK
+            rows.append((start, hm.plen(len(stream), form), block * BLOCK))
+            pieces.append(stream)
+            start += step if form is not None else BLOCK
+        rows.append((start, 0, 0))
+        found[b"records of %d" % size] = hm.extents(start + BLOCK, size, rows)
+    return flattened(
+        hm.build(
+            found,
+            {200: b"".join(pieces)},
+            block_bits=9,
+            incompat=ondisk.INCOMPAT_48BIT | ondisk.INCOMPAT_LZ4_0PADDING,
+            configs=CONFIGS,
+        )
+    )
+
+
+def indexes() -> bytes:
+    """Full indexes: two heads, big and partial pclusters, stored bytes, chunks, holes, xattrs."""
+    big, small = _lz4(hm.text(6000)), _deflate(hm.text(1500, seed=1))
+    one, two = 200, 200 + len(big) // BLOCK
+    big_blocks, small_blocks = len(big) // BLOCK, len(small) // BLOCK
+    entries = [hm.head(ondisk.LCLUSTER_HEAD1, 0, one), hm.first(big_blocks, 10)]
+    entries += [hm.nonhead(i, 11 - i) for i in range(2, 11)]
+    entries += [hm.head(ondisk.LCLUSTER_HEAD2, 6000 % BLOCK, two), hm.first(small_blocks, 3)]
+    entries += [hm.nonhead(2, 2), hm.nonhead(3, 1)]
+    partial = [
+        hm.head(ondisk.LCLUSTER_HEAD2, 0, two, partial=True),
+        hm.head(ondisk.LCLUSTER_PLAIN, 0, two + small_blocks),
+    ]
+    xattrs = hm.xattr(1, b"name", b"value") + hm.xattr(6, b"long", b"x" * 100)
+    null = ondisk.NULL_ADDR_32
+    files = {
+        b"big": hm.indexed(7500, entries, BIG, head2=ondisk.ALG_DEFLATE),
+        b"partial": hm.indexed(800, partial, head2=ondisk.ALG_DEFLATE),
+        b"chunks": hm.chunks(2000, [(0, one), (0, null), (0, two), (0, one)]),
+        b"hole": hm.plain(1 << 40, null, high=0xFFFF, extended=True),
+        b"inline": hm.inline(b"inline", xattrs=hm.xattrs(xattrs)),
+    }
+    return flattened(
+        hm.build(
+            files,
+            {one: big + small + hm.noise(BLOCK)},
+            block_bits=9,
+            incompat=ondisk.INCOMPAT_48BIT
+            | ondisk.INCOMPAT_LZ4_0PADDING
+            | ondisk.INCOMPAT_CHUNKED_FILE
+            | ondisk.INCOMPAT_FRAGMENTS
+            | ondisk.INCOMPAT_DEVICE_TABLE,
+            configs=CONFIGS,
+        )
+    )
+
+
+GOOD = {"handmade-records": records, "handmade-indexes": indexes}
+
+
+def directories(children: Sequence[Sequence[int]]) -> bytes:
+    """An image with directories by number; each has those of ``children`` (two at most), as ``a``
+    and ``b``.  The root has number 0, as ``top``."""
+    first = 16
+    pieces = hm.build({}, elsewhere={b"top": (first, ondisk.FT_DIR)}, first_nid=first * 2)
+    meta = hm.METADATA
+    room = {}
+    for number, below in enumerate(children):
+        names = (b"a", b"b")
+        entries = {
+            name: (first + 2 * child, ondisk.FT_DIR)
+            for name, child in zip(names, below, strict=False)
+        }
+        content = hm.directory(entries or {b".": (first, ondisk.FT_DIR)}, 4096)
+        record = hm.inline(content, mode=hm.DIRECTORY, nlink=2)
+        assert len(record) <= 64
+        room[meta + 32 * (first + 2 * number)] = record
+    return flattened(pieces | room)
