@@ -30,9 +30,10 @@ from pyerofs.memory import (
     NotResident,
     Pcluster,
     cheap,
+    decode_ns,
 )
 from pyerofs.model import ENCODED, FRAGMENT, PLAIN, Dirent, Extent, Inode
-from pyerofs.sources.base import AsyncSource, Buffer
+from pyerofs.sources.base import AsyncSource, Buffer, Source
 from pyerofs.sources.open import open_sources
 from pyerofs.sources.threaded import ThreadedSource
 from pyerofs.tree import PathLike, Stat
@@ -44,6 +45,9 @@ Ts = TypeVarTuple("Ts")
 MAX_FAULTS = 1024  # of one parser call: a path through forty directories needs a few dozen
 MAX_PINNED = 256 << 20  # bytes held for one parser call
 MAX_PIECES = 32  # extents of one read that are fetched and decoded at the same time
+AHEAD = 4 << 20  # bytes that are decoded ahead of a sequential reader
+BATCH_NS = 1_000_000  # of decoding that make one job for a thread when decoding ahead
+MAX_BATCHES = 8  # jobs ahead of all readers together
 
 
 @asynccontextmanager
@@ -58,10 +62,12 @@ async def open(
 
     The arguments and errors are those of ``pyerofs.open``."""
     opened = [ThreadedSource(s) for s in open_sources(what, offset, devices)]
-    image = AsyncImage(opened, cache_size)
     try:
-        await image.start()
-        yield image
+        async with trio.open_nursery() as nursery:
+            image = AsyncImage(opened, nursery, cache_size)
+            await image.start()
+            yield image
+            nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
             for source in opened:
@@ -88,9 +94,17 @@ class AsyncImage:
     root: Inode
 
     def __init__(
-        self, sources: Sequence[AsyncSource], cache_size: int = DEFAULT_CACHE_SIZE
+        self,
+        sources: Sequence[AsyncSource],
+        nursery: trio.Nursery,
+        cache_size: int = DEFAULT_CACHE_SIZE,
     ) -> None:
+        """``nursery``: for decoding ahead, in the background."""
         self._sources = tuple(sources)
+        self._nursery = nursery
+        self._batches = 0
+        self.ahead = min(AHEAD, cache_size // 8)
+        self.local = all(s.blocking is not None for s in sources)  # reads take microseconds
         self.memory = FaultingMemory(
             [s.peek for s in sources],
             [s.size for s in sources],
@@ -166,12 +180,81 @@ class AsyncImage:
         return out
 
     async def _decode(self, pcluster: Pcluster) -> bytes:
-        encoded = await self.call(self.memory.encoded, pcluster)
+        memory = self.memory
+        try:
+            encoded = memory.encoded(pcluster)
+        except NotResident as e:
+            source = self._sources[e.device].blocking
+            if source is not None and not e.window:  # one trip to a thread for both
+                return await trio.to_thread.run_sync(
+                    self._read_and_decode, source, pcluster, limiter=self._decoders
+                )
+            encoded = await self.call(memory.encoded, pcluster)
+        except Fault:
+            encoded = await self.call(memory.encoded, pcluster)
         if cheap(pcluster):
-            return self.memory.decode(pcluster, encoded)
+            return memory.decode(pcluster, encoded)
         return await trio.to_thread.run_sync(
-            self.memory.decode, pcluster, encoded, limiter=self._decoders
+            memory.decode, pcluster, encoded, limiter=self._decoders
         )
+
+    def _read_and_decode(self, source: Source, pcluster: Pcluster) -> bytes:
+        encoded = source.read_at(pcluster.address, pcluster.size)
+        return self.memory.decode(pcluster, encoded)
+
+    def decode_ahead(self, inode: Inode, offset: int, length: int) -> None:
+        """Start decoding a range in the background, in worker threads.  Best effort: what can't be
+        found out without waiting, or is too much for now, is left out, and errors are kept for
+        whoever reads there."""
+        try:
+            found = self._map(inode, offset, length)
+        except (Fault, ErofsError):
+            return
+        batch: list[Pcluster] = []
+        cost = 0.0
+        for extent in found:
+            if extent.kind == FRAGMENT and self.volume.packed is not None:
+                self.decode_ahead(self.volume.packed, extent.address, extent.length)
+            if extent.kind != ENCODED or self._batches >= MAX_BATCHES:
+                continue
+            pcluster = data.pcluster(self.volume, inode, extent)
+            if pcluster[:5] in self._flights or self.memory.holds(pcluster):
+                continue
+            if pcluster.device < 0 or self._sources[pcluster.device].blocking is None:
+                continue
+            batch.append(pcluster)
+            cost += decode_ns(pcluster)
+            if cost >= BATCH_NS:
+                self._start_batch(batch)
+                batch, cost = [], 0.0
+        if batch:
+            self._start_batch(batch)
+
+    def _start_batch(self, batch: list[Pcluster]) -> None:
+        flights = []
+        for pcluster in batch:
+            flight = self._flights[pcluster[:5]] = Flight()
+            flights.append((pcluster, flight))
+        self._batches += 1
+        self._nursery.start_soon(self._run_batch, flights)
+
+    async def _run_batch(self, batch: list[tuple[Pcluster, Flight]]) -> None:
+        def work() -> None:
+            for pcluster, flight in batch:
+                source = self._sources[pcluster.device].blocking
+                assert source is not None
+                try:
+                    flight.result = self._read_and_decode(source, pcluster)
+                except ErofsError:
+                    continue  # the reader that gets there will see it
+
+        try:
+            await trio.to_thread.run_sync(work, limiter=self._decoders)
+        finally:
+            self._batches -= 1
+            for pcluster, flight in batch:
+                del self._flights[pcluster[:5]]
+                flight.done.set()
 
     async def _once(
         self, key: Hashable, get: Callable[[], Awaitable[T]], enough: Callable[[T], bool]
@@ -372,22 +455,46 @@ async def run_all(function: Callable[[int], Awaitable[None]], numbers: Sequence[
 
 
 class AsyncFile:
-    """An open file of an AsyncImage: reads at a cursor or anywhere."""
+    """An open file of an AsyncImage: reads at a cursor or anywhere.
 
-    __slots__ = ("image", "inode", "position")
+    Whoever reads on where the last read ended is a sequential reader: for it, what comes next is
+    decoded ahead in worker threads."""
+
+    __slots__ = ("_ahead", "_next", "image", "inode", "position")
 
     def __init__(self, image: AsyncImage, inode: Inode) -> None:
         self.image = image
         self.inode = inode
         self.position = 0
+        self._next = 0
+        self._ahead = 0  # decoding ahead has been asked for up to here
 
     def read_now(self, offset: int, length: int) -> Buffer:
         """Like ``read_at`` where that need not wait; raises a Fault where it would."""
+        self._foresee(offset, length)
         return data.read(self.image.volume, self.inode, offset, length)
 
     async def read_at(self, offset: int, length: int) -> Buffer:
         """Up to ``length`` bytes at ``offset``; fewer only at the file's end."""
+        self._foresee(offset, length)
         return await self.image.read_data(self.inode, offset, length)
+
+    def _foresee(self, offset: int, length: int) -> None:
+        end = offset + length
+        if offset != self._next:
+            # the kernel's readahead may swap two requests: that is still sequential
+            if abs(offset - self._next) > 2 * length:
+                self._ahead = 0
+            self._next = max(end, self._next) if self._ahead else end
+            return
+        self._next = end
+        inode = self.inode
+        if not offset or end >= inode.size or not inode.is_compressed:
+            return
+        start = max(self._ahead, end)
+        if start - end < self.image.ahead // 2 and start < inode.size:
+            self._ahead = end + self.image.ahead
+            self.image.decode_ahead(inode, start, self._ahead - start)
 
     async def read(self, length: int = -1) -> bytes:
         """Up to ``length`` bytes at the cursor (all that is left by default), which moves on."""

@@ -269,9 +269,14 @@ _NS_PER_BYTE = {ALG_LZ4: 0.4, ALG_ZSTD: 1.2, ALG_DEFLATE: 2.5, ALG_LZMA: 18.0, A
 INLINE_NS = 150_000
 
 
+def decode_ns(pcluster: Pcluster) -> float:
+    """About how long decoding takes, in nanoseconds."""
+    return pcluster.length * _NS_PER_BYTE.get(pcluster.algorithm, 100.0)
+
+
 def cheap(pcluster: Pcluster) -> bool:
     """Whether decoding takes so little time that the event loop may do it."""
-    return pcluster.length * _NS_PER_BYTE.get(pcluster.algorithm, 100.0) < INLINE_NS
+    return decode_ns(pcluster) < INLINE_NS
 
 
 class FaultingMemory(Memory):
@@ -317,4 +322,5 @@ __all__ = [
     "NotResident",
     "Pcluster",
     "cheap",
+    "decode_ns",
 ]

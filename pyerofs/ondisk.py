@@ -76,7 +76,7 @@ class SuperBlock(NamedTuple):
     epoch: int  # seconds added to compact inodes' times
     fixed_nsec: int  # nanoseconds of compact inodes
     blocks_lo: int
-    meta_blkaddr: int  # signed; inode n lies at meta_blkaddr blocks + 32 * n
+    meta_blkaddr: int  # inode n lies at meta_blkaddr blocks + 32 * n
     xattr_blkaddr: int  # start block of the shared xattrs
     uuid: bytes
     volume_name: bytes
@@ -98,7 +98,7 @@ class SuperBlock(NamedTuple):
     reserved3: int
 
 
-SUPERBLOCK = Struct("<IIIBBHQqIIiI16s16sIHHHBBIQBB2sIQQQQ")
+SUPERBLOCK = Struct("<IIIBBHQqIIII16s16sIHHHBBIQBB2sIQQQQ")
 
 # --- devices --------------------------------------------------------------------------------
 

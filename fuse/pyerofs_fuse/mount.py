@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import signal
@@ -14,12 +15,14 @@ import trio
 
 import pyerofs.aio
 from pyerofs.errors import ErofsError
+from pyerofs_fuse import eager
 from pyerofs_fuse.daemon import Report
 from pyerofs_fuse.operations import Operations
 from pyerofs_fuse.options import Options, fuse_words
 
 log = logging.getLogger("pyerofs-fuse")
 
+READ_AHEAD_KB = 1024
 GRACE = 1.0  # seconds that requests get to finish once we are told to stop
 
 
@@ -38,6 +41,10 @@ async def serve(options: Options, report: Report) -> None:
         ) as image:
             operations = Operations(image, shared=options.shared)
             mount(operations, options)
+            read_ahead(options.mountpoint)
+            eager.enable()
+            gc.collect()
+            gc.freeze()  # what start-up made stays; no need to look at it again and again
             try:
                 await _run(operations, report)
             finally:
@@ -68,6 +75,26 @@ def _explain(text: str) -> str:
     if any("user_allow_other" in line for line in lines):
         return "allow_other needs the line user_allow_other in /etc/fuse.conf (or root)"
     return lines[0] if lines else "can't be mounted (libfuse gives no reason)"
+
+
+def read_ahead(mountpoint: str) -> None:
+    """Let the kernel read further ahead than its default of 128 KiB, where we may (as root)."""
+    where = os.fsencode(mountpoint).decode("utf-8", "surrogateescape")
+    try:
+        with open("/proc/self/mountinfo", errors="surrogateescape") as f:
+            rows = [line.split() for line in f]
+        device = next(r[2] for r in reversed(rows) if _unescaped(r[4]) == where)
+        with open(f"/sys/class/bdi/{device}/read_ahead_kb", "w") as f:
+            f.write(str(READ_AHEAD_KB))
+    except (OSError, StopIteration):
+        pass
+
+
+def _unescaped(text: str) -> str:
+    """A path of mountinfo, which writes blanks and backslashes in octal."""
+    for c in " \t\n\\":
+        text = text.replace(f"\\{ord(c):03o}", c)
+    return text
 
 
 def check(options: Options) -> None:

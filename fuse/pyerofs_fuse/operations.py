@@ -32,6 +32,8 @@ log = logging.getLogger("pyerofs-fuse")
 FOREVER = 1e9  # seconds; the image can't change
 ENTRIES_AT_ONCE = 128  # directory entries prepared in one go: a fraction of a millisecond
 MAX_DIRECTORIES = 1024  # inodes of directories that are kept decoded
+STORE_SIZE = 128 << 10  # files up to this size go to the kernel's page cache when they are opened
+MAX_STORED = 1 << 15  # of them are remembered; forgetting one costs a copy, nothing else
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -107,6 +109,11 @@ class Operations(pyfuse3.Operations):
         self._next_handle = 1
         self._directories: dict[int, Inode] = {}
         self._waiting: set[trio.CancelScope] = set()
+        self._opened: dict[int, int] = {}  # nid -> handles open or opening
+        self._stored: dict[int, None] = {}  # nids whose data the kernel was given lately
+        self._attr = EntryAttributes()
+        self._attr.st_blksize = image.volume.sb.block_size
+        self._attr.entry_timeout = self._attr.attr_timeout = FOREVER
         self._reported: set[int | None] = set()
 
     # what all operations use ---------------------------------------------------------
@@ -146,12 +153,12 @@ class Operations(pyfuse3.Operations):
     def _nid(self, node: int) -> int:
         if node == pyfuse3.ROOT_INODE:
             return self._root_nid
-        return tree.nid_of(_NUMBER_OF.get(node, node))
+        return tree.nid_of(self._volume, _NUMBER_OF.get(node, node))
 
     def _node(self, nid: int) -> int:
         if nid == self._root_nid:
             return pyfuse3.ROOT_INODE
-        number = tree.inode_number(nid)
+        number = tree.inode_number(self._volume, nid)
         return _NODE_OF.get(number, number)
 
     async def _inode(self, node: int) -> Inode:
@@ -173,8 +180,10 @@ class Operations(pyfuse3.Operations):
         return found
 
     def _attributes(self, inode: Inode, number: int) -> EntryAttributes:
-        """``number``: the node id, except for getattr, which shows the inode number."""
-        attr = EntryAttributes()
+        """``number``: the node id, except for getattr, which shows the inode number.
+
+        Every caller sends the result before anything else runs, so that one object serves all."""
+        attr = self._attr
         attr.st_ino = number
         attr.st_mode = inode.mode
         attr.st_nlink = inode.nlink
@@ -182,11 +191,8 @@ class Operations(pyfuse3.Operations):
         attr.st_gid = inode.gid
         attr.st_rdev = inode.rdev
         attr.st_size = inode.size
-        attr.st_blksize = self._volume.sb.block_size
         attr.st_blocks = tree.blocks_512(self._volume, inode)
-        time = inode.mtime * 1_000_000_000 + inode.mtime_nsec
-        attr.st_atime_ns = attr.st_mtime_ns = attr.st_ctime_ns = time
-        attr.entry_timeout = attr.attr_timeout = FOREVER
+        attr.st_atime_ns = attr.st_mtime_ns = attr.st_ctime_ns = inode.mtime_ns
         return attr
 
     def _handle(self, opened: AsyncFile | DirectoryHandle) -> int:
@@ -213,7 +219,7 @@ class Operations(pyfuse3.Operations):
     @answers(metadata=True)
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         found = await self._inode(inode)
-        return self._attributes(found, tree.inode_number(found.nid))
+        return self._attributes(found, tree.inode_number(self._volume, found.nid))
 
     @answers(metadata=True)
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
@@ -312,7 +318,45 @@ class Operations(pyfuse3.Operations):
     @answers(metadata=True)
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         found = await self._inode(inode)
-        return FileInfo(fh=self._handle(AsyncFile(self._image, found)), keep_cache=True)
+        file = AsyncFile(self._image, found)
+        nid = found.nid
+        self._opened[nid] = self._opened.get(nid, 0) + 1
+        try:
+            if 0 < found.size <= STORE_SIZE and nid not in self._stored:
+                await self._store(inode, file)
+        except BaseException:
+            self._closed(nid)
+            raise
+        return FileInfo(fh=self._handle(file), keep_cache=True)
+
+    async def _store(self, node: int, file: AsyncFile) -> None:
+        """Put a small file's data into the kernel's page cache, so that no READ ever comes.
+
+        A READ that is under way for one of these pages, even one that we have not received yet,
+        holds the page's lock, and storing the page would wait for its answer: for ever, since we
+        are the one to answer.  READs need a handle; hence only while no other is open or opening."""
+        inode = file.inode
+        try:
+            try:
+                found = file.read_now(0, inode.size)
+            except Fault:
+                if not self._image.local:
+                    return  # opening alone must not fetch from afar
+                found = await self._wait(file.read_at(0, inode.size))
+            if self._opened[inode.nid] == 1:
+                pyfuse3.notify_store(node, 0, found)  # type: ignore[arg-type]
+                if len(self._stored) >= MAX_STORED:
+                    del self._stored[next(iter(self._stored))]
+                self._stored[inode.nid] = None
+        except (ErofsError, OSError) as e:
+            log.debug("nid %d is not stored: %s", inode.nid, e)  # reading it will tell
+
+    def _closed(self, nid: int) -> None:
+        left = self._opened[nid] - 1
+        if left:
+            self._opened[nid] = left
+        else:
+            del self._opened[nid]
 
     @answers(metadata=False)
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]
@@ -325,8 +369,10 @@ class Operations(pyfuse3.Operations):
 
     @answers(metadata=True)
     async def release(self, fh: int) -> None:
-        del self._handles[fh]
+        file: Any = self._handles.pop(fh)
+        self._closed(file.inode.nid)
 
     @answers(metadata=True)
     async def flush(self, fh: int) -> None:
-        """close(2): nothing to write back."""
+        """close(2): nothing to write back.  Once told so, the kernel does not ask again."""
+        raise FUSEError(errno.ENOSYS)

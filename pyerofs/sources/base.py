@@ -54,6 +54,10 @@ class AsyncSource(Protocol):
     def peek(self, offset: int, length: int) -> Buffer | None:
         """The bytes if they can be had without waiting."""
 
+    @property
+    def blocking(self) -> Source | None:
+        """The same bytes for worker threads, where that costs nothing; else None."""
+
     async def read_at(self, offset: int, length: int) -> Buffer:
         """Exactly ``length`` bytes.  A checkpoint; raises SourceError; cancellable."""
 

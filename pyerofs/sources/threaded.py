@@ -13,6 +13,7 @@ class ThreadedSource:
     """An AsyncSource over a Source, which it owns."""
 
     def __init__(self, source: Source) -> None:
+        self.blocking: Source | None = source
         self._source = source
         self._limiter = trio.CapacityLimiter(MAX_THREADS)
         self.name = source.name

@@ -32,6 +32,7 @@ from tests.fuzz.mutate import Patch, apply, mutate
 
 MIB = 1 << 20
 BATCH = 100  # cases between two reports of a worker
+SLOWEST = 8  # cases to name
 WAYS_CHOICE = ("image", "image", "aio", "check")
 
 
@@ -89,7 +90,7 @@ class Tally:
     failures: dict[str, Failure] = field(default_factory=dict)
     peak: int = 0  # bytes of resident memory
     most: tuple[int, int] = (0, -1)  # bytes that one case needed, its number
-    slowest: tuple[float, int] = (0.0, -1)  # seconds, its number
+    slowest: list[tuple[float, int]] = field(default_factory=list)  # seconds, numbers
 
     def add(self, other: Tally) -> list[Failure]:
         """Take another tally in; returns the failures that are new."""
@@ -98,7 +99,7 @@ class Tally:
         self.results += other.results
         self.peak = max(self.peak, other.peak)
         self.most = max(self.most, other.most)
-        self.slowest = max(self.slowest, other.slowest)
+        self.note_slow(*other.slowest)
         new = []
         for key, failure in other.failures.items():
             if key in self.failures:
@@ -107,6 +108,10 @@ class Tally:
                 self.failures[key] = failure
                 new.append(failure)
         return new
+
+    def note_slow(self, *found: tuple[float, int]) -> None:
+        """Keep the slowest cases."""
+        self.slowest = sorted((*self.slowest, *found), reverse=True)[:SLOWEST]
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ def attempt(config: Config, tried: Case, tally: Tally) -> tuple[str, str] | None
         used = max(0, resident("VmHWM") - before)
         tally.peak = max(tally.peak, before + used)
         tally.most = max(tally.most, (used, tried.number))
-        tally.slowest = max(tally.slowest, (time.monotonic() - start, tried.number))
+        tally.note_slow((time.monotonic() - start, tried.number))
         tally.outcomes[outcome.kind] += 1
         tally.results.update({f"{tried.way} {k}": n for k, n in outcome.results.items()})
         if used > config.memory:
@@ -309,7 +314,8 @@ def summary(total: Tally, seconds: float) -> str:
     lines += [f"  {n:10} {kind}" for kind, n in sorted(total.results.items())]
     lines.append(f"peak RSS {total.peak >> 20} MiB; most for one case {total.most[0] >> 20} MiB")
     lines[-1] += f" (case {total.most[1]})"
-    lines.append(f"slowest: {total.slowest[0]:.2f} s (case {total.slowest[1]})")
+    slow = (f"{taken:.2f} s (case {number})" for taken, number in total.slowest)
+    lines.append(f"slowest: {', '.join(slow)}")
     hangs = sum(f.count for k, f in total.failures.items() if k.startswith("Hang"))
     crashes = sum(f.count for f in total.failures.values()) - hangs
     lines.append(f"{crashes} crashes, {hangs} hangs, {len(total.failures)} kinds:")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import stat
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -93,8 +94,9 @@ def test_each_xattr_by_its_name(want: Manifest) -> None:
 
 
 @pytest.fixture(name="image")
-def open_plain() -> pyerofs.Image:
-    return open_golden(golden("plain"))
+def open_plain() -> Iterator[Image]:
+    with open_golden(golden("plain")) as image:
+        yield image
 
 
 class TestWalk:
