@@ -2,7 +2,8 @@
 
     python -m tests.fuzz.run --count 200000 --seed 1 --jobs 2
 
-Case ``n`` of a seed is the same whenever it is run, if the images are; ``--only n`` repeats it.
+Case ``n`` of a seed is the same whenever it is run, if the images and the other arguments are;
+``--only n`` repeats it.
 Workers run in processes of their own with an address-space limit, and a timer for each case, so
 that a crash or an endless loop inside a codec is caught as well.
 """
@@ -33,7 +34,6 @@ from tests.fuzz.mutate import Patch, apply, mutate
 MIB = 1 << 20
 BATCH = 100  # cases between two reports of a worker
 SLOWEST = 8  # cases to name
-WAYS_CHOICE = ("image", "image", "aio", "check")
 
 
 class TooMuchMemory(Exception):
@@ -62,12 +62,12 @@ class Case(NamedTuple):
         return "\n  ".join(lines)
 
 
-def case(seed: int, number: int, subjects: tuple[str, ...]) -> Case:
+def case(config: Config, number: int) -> Case:
     """The case of that number."""
-    rng = Random(f"{seed}:{number}")
-    name = rng.choice(subjects)
+    rng = Random(f"{config.seed}:{number}")
+    name = rng.choice(config.subjects)
     patches = mutate(atlas.subject(name), rng)
-    return Case(number, name, tuple(patches), rng.random() < 0.9, rng.choice(WAYS_CHOICE))
+    return Case(number, name, tuple(patches), rng.random() < 0.9, rng.choice(config.ways))
 
 
 @dataclass
@@ -124,6 +124,7 @@ class Config:
     seconds: float  # per case
     memory: int  # bytes per case
     subjects: tuple[str, ...]
+    ways: tuple[str, ...]
 
 
 # --- one case -----------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def work(config: Config, job: int, start: int, current: Any, reports: Connection
     tally = Tally()
     for number in range(start, config.count, config.jobs):
         current.value = number
-        tried = case(config.seed, number, config.subjects)
+        tried = case(config, number)
         tally.tried += 1
         found = attempt(config, tried, tally)
         if found is not None:
@@ -265,7 +266,7 @@ class Worker:
             return None
         number = self._current.value
         title = f"worker died with {self._process.exitcode}"
-        failed = case(self.config.seed, number, self.config.subjects)
+        failed = case(self.config, number)
         self._start(number + self.config.jobs)
         return Failure(title, "", failed)
 
@@ -333,18 +334,24 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10, help="limit for a case")
     parser.add_argument("--memory", type=int, default=96, help="limit for a case, MiB")
     parser.add_argument("--subjects", default="", help="only images whose name contains this")
+    parser.add_argument("--ways", default="image,image,aio,check", help="of reading, by share")
     parser.add_argument("--only", type=int, help="run this case alone, without a net")
     parser.add_argument("--out", type=Path, default=Path("fuzz-failures"))
     args = parser.parse_args()
-    subjects = tuple(name for name in atlas.names() if args.subjects in name)
+    config = Config(
+        seed=args.seed,
+        count=args.count,
+        jobs=args.jobs,
+        seconds=args.seconds,
+        memory=args.memory * MIB,
+        subjects=tuple(name for name in atlas.names() if args.subjects in name),
+        ways=tuple(args.ways.split(",")),
+    )
     if args.only is not None:
-        single = case(args.seed, args.only, subjects)
+        single = case(config, args.only)
         print(single)
         print(WAYS[single.way](single.image(), atlas.subject(single.subject).devices, None))
         return 0
-    config = Config(
-        args.seed, args.count, args.jobs, args.seconds, args.memory * MIB, subjects
-    )  # fmt: skip
     start = shown = time.monotonic()
 
     def found(failure: Failure) -> None:

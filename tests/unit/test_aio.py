@@ -5,8 +5,8 @@ Most tests give it a source that never has anything at hand, so that every acces
 from __future__ import annotations
 
 import stat
-from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -140,6 +140,7 @@ class FarSource:
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.name = "far"
+        self.blocking = None
         self.size = len(data)
         self.requests: list[tuple[int, int]] = []
         self.gate: trio.Event | None = None
@@ -162,11 +163,15 @@ class FarSource:
         pass
 
 
-async def open_far(name: str) -> tuple[AsyncImage, FarSource]:
+@asynccontextmanager
+async def open_far(name: str) -> AsyncIterator[tuple[AsyncImage, FarSource]]:
+    """A golden image behind a source that is far away."""
     source = FarSource(primary(golden(name)))
-    image = AsyncImage([source])
-    await image.start()
-    return image, source
+    async with trio.open_nursery() as nursery:
+        image = AsyncImage([source], nursery)
+        await image.start()
+        yield image, source
+        nursery.cancel_scope.cancel()
 
 
 class Cost(NamedTuple):
@@ -263,9 +268,17 @@ def counting_faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[memory.Fau
 
 
 async def costs_of(name: str, faults: list[memory.Fault]) -> dict[str, Cost]:
-    source = FarSource(primary(golden(name)))
-    image = AsyncImage([source])
+    async with open_far(name) as (image, source):
+        found = {"open": Cost(len(source.requests), len(faults), image.memory.decodes)}
+        for label, operation in operations_on(image).items():
+            before = len(source.requests), len(faults), image.memory.decodes
+            await operation()
+            after = len(source.requests), len(faults), image.memory.decodes
+            found[label] = Cost(*(b - a for a, b in zip(before, after, strict=True)))
+    return found
 
+
+def operations_on(image: AsyncImage) -> dict[str, Callable[[], Awaitable[object]]]:
     async def stat_all() -> None:
         for entry_name in await image.listdir("many"):
             await image.stat(f"many/{entry_name}", follow_symlinks=False)
@@ -275,8 +288,7 @@ async def costs_of(name: str, faults: list[memory.Fault]) -> dict[str, Cost]:
         while await file.read(4096):
             pass
 
-    operations: dict[str, Callable[[], Awaitable[object]]] = {
-        "open": image.start,
+    return {
         "look up deep below": partial(image.lookup, BOTTOM),
         "look up again": partial(image.lookup, BOTTOM),
         "look up nothing": partial(image.exists, "nothing"),
@@ -286,13 +298,6 @@ async def costs_of(name: str, faults: list[memory.Fault]) -> dict[str, Cost]:
         "read again": partial(image.read, "text"),
         "read in steps": read_in_steps,
     }
-    found = {}
-    for label, operation in operations.items():
-        before = len(source.requests), len(faults), image.memory.decodes
-        await operation()
-        after = len(source.requests), len(faults), image.memory.decodes
-        found[label] = Cost(*(b - a for a, b in zip(before, after, strict=True)))
-    return found
 
 
 @pytest.mark.parametrize("name", COSTS)
@@ -307,16 +312,17 @@ def test_metadata_is_fetched_once(want: Manifest) -> None:
 
     async def main() -> None:
         sources = [FarSource(primary(want)), *(FarSource(d.read_bytes()) for d in want.devices)]
-        image = AsyncImage(sources)
-        await image.start()
         requests = []
-        for _ in range(2):
-            for path in want.entries:
-                await image.stat(path, follow_symlinks=False)
-                await image.xattrs(path, follow_symlinks=False)
-            async for _ in image.walk():
-                pass
-            requests.append(sum(len(s.requests) for s in sources))
+        async with trio.open_nursery() as nursery:
+            image = AsyncImage(sources, nursery)
+            await image.start()
+            for _ in range(2):
+                for path in want.entries:
+                    await image.stat(path, follow_symlinks=False)
+                    await image.xattrs(path, follow_symlinks=False)
+                async for _ in image.walk():
+                    pass
+                requests.append(sum(len(s.requests) for s in sources))
         assert requests[1] == requests[0]
 
     trio.run(main)
@@ -342,13 +348,13 @@ def test_what_is_at_hand_needs_no_event_loop() -> None:
 
 def test_read_now_says_that_it_would_wait() -> None:
     async def main() -> None:
-        image, _ = await open_far("zstd")
-        file = await image.open("text")
-        with pytest.raises(memory.Fault):
-            file.read_now(0, 10)
-        assert bytes(file.read_now(0, 0)) == b""
-        whole = await file.read()
-        assert bytes(file.read_now(100, 10)) == whole[100:110]
+        async with open_far("zstd") as (image, _):
+            file = await image.open("text")
+            with pytest.raises(memory.Fault):
+                file.read_now(0, 10)
+            assert bytes(file.read_now(0, 0)) == b""
+            whole = await file.read()
+            assert bytes(file.read_now(100, 10)) == whole[100:110]
 
     trio.run(main)
 
@@ -377,13 +383,13 @@ class Crowd:
 ONE_PCLUSTER = [("zstd-C128k", "text"), ("lzma-C64k", "size-65537"), ("frag-lz4", "dup-c")]
 
 
-async def crowd_at(name: str, path: str) -> tuple[Crowd, FarSource]:
+@asynccontextmanager
+async def crowd_at(name: str, path: str) -> AsyncIterator[tuple[Crowd, FarSource]]:
     """A crowd before a file of which all metadata is there."""
-    image, source = await open_far(name)
-    await image.extents(path)
-    await image.xattrs(path)
-    source.requests.clear()
-    return Crowd(image, path), source
+    async with open_far(name) as (image, source):
+        await image.extents(path)
+        source.requests.clear()
+        yield Crowd(image, path), source
 
 
 def content(name: str, path: str) -> bytes:
@@ -394,14 +400,14 @@ def content(name: str, path: str) -> bytes:
 @pytest.mark.parametrize(("name", "path"), ONE_PCLUSTER)
 def test_a_pcluster_is_fetched_and_decoded_once_for_all(name: str, path: str) -> None:
     async def main() -> None:
-        crowd, source = await crowd_at(name, path)
-        decodes = crowd.image.memory.decodes
-        async with trio.open_nursery() as nursery:
-            for _ in range(50):
-                nursery.start_soon(crowd.read)
-        assert crowd.got == [content(name, path)] * 50
-        assert len(source.requests) == len(set(source.requests))
-        assert crowd.image.memory.decodes == decodes + 1
+        async with crowd_at(name, path) as (crowd, source):
+            decodes = crowd.image.memory.decodes
+            async with trio.open_nursery() as nursery:
+                for _ in range(50):
+                    nursery.start_soon(crowd.read)
+            assert crowd.got == [content(name, path)] * 50
+            assert len(source.requests) == len(set(source.requests))
+            assert crowd.image.memory.decodes == decodes + 1
 
     trio.run(main)
 
@@ -410,20 +416,20 @@ def test_a_pcluster_is_fetched_and_decoded_once_for_all(name: str, path: str) ->
 @pytest.mark.parametrize("cancelled", [0, 3], ids=["the one that fetches", "one that waits"])
 def test_a_cancelled_reader_harms_no_other(name: str, path: str, cancelled: int) -> None:
     async def main() -> None:
-        crowd, source = await crowd_at(name, path)
-        scopes = [trio.CancelScope() for _ in range(5)]
-        source.gate = trio.Event()
-        async with trio.open_nursery() as nursery:
-            for scope in scopes:
-                nursery.start_soon(crowd.read, scope)
+        async with crowd_at(name, path) as (crowd, source):
+            scopes = [trio.CancelScope() for _ in range(5)]
+            source.gate = trio.Event()
+            async with trio.open_nursery() as nursery:
+                for scope in scopes:
+                    nursery.start_soon(crowd.read, scope)
+                    await trio.testing.wait_all_tasks_blocked()
+                scopes[cancelled].cancel()
                 await trio.testing.wait_all_tasks_blocked()
-            scopes[cancelled].cancel()
-            await trio.testing.wait_all_tasks_blocked()
-            source.gate.set()
-        assert [s.cancelled_caught for s in scopes] == [i == cancelled for i in range(5)]
-        assert crowd.got == [content(name, path)] * 4
-        # another one took over, once, if it was the one that fetches
-        assert len(source.requests) - len(set(source.requests)) == (cancelled == 0)
+                source.gate.set()
+            assert [s.cancelled_caught for s in scopes] == [i == cancelled for i in range(5)]
+            assert crowd.got == [content(name, path)] * 4
+            # another one took over, once, if it was the one that fetches
+            assert len(source.requests) - len(set(source.requests)) == (cancelled == 0)
 
     trio.run(main)
 
@@ -431,34 +437,34 @@ def test_a_cancelled_reader_harms_no_other(name: str, path: str, cancelled: int)
 @pytest.mark.parametrize(("name", "path"), [*ONE_PCLUSTER, ("zstd", "text"), ("plain", "text")])
 def test_after_a_failure_the_next_call_works(name: str, path: str) -> None:
     async def main() -> None:
-        crowd, source = await crowd_at(name, path)
-        source.broken = range(source.size)
-        async with trio.open_nursery() as nursery:
-            for _ in range(3):
-                nursery.start_soon(crowd.read)
-        assert not crowd.got
-        assert [type(e) for e in crowd.failed] == [pyerofs.SourceError] * 3
-        source.broken = ()
-        await crowd.read()
-        assert crowd.got == [content(name, path)]
+        async with crowd_at(name, path) as (crowd, source):
+            source.broken = range(source.size)
+            async with trio.open_nursery() as nursery:
+                for _ in range(3):
+                    nursery.start_soon(crowd.read)
+            assert not crowd.got
+            assert [type(e) for e in crowd.failed] == [pyerofs.SourceError] * 3
+            source.broken = ()
+            await crowd.read()
+            assert crowd.got == [content(name, path)]
 
     trio.run(main)
 
 
 def test_a_failure_stops_no_other_call() -> None:
     async def main() -> None:
-        image, source = await open_far("zstd")
-        (first, *_) = [e for e in await image.extents("text") if e.kind == ENCODED]
-        source.broken = [first.address]
-        text, other = Crowd(image, "text"), Crowd(image, "size-65537")
-        source.gate = trio.Event()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(text.read)
-            nursery.start_soon(other.read)
-            await trio.testing.wait_all_tasks_blocked()
-            source.gate.set()
-        assert other.got == [content("zstd", "size-65537")]
-        assert [str(e) for e in text.failed] == [f"far: broken at {first.address}"]
+        async with open_far("zstd") as (image, source):
+            (first, *_) = [e for e in await image.extents("text") if e.kind == ENCODED]
+            source.broken = [first.address]
+            text, other = Crowd(image, "text"), Crowd(image, "size-65537")
+            source.gate = trio.Event()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(text.read)
+                nursery.start_soon(other.read)
+                await trio.testing.wait_all_tasks_blocked()
+                source.gate.set()
+            assert other.got == [content("zstd", "size-65537")]
+            assert [str(e) for e in text.failed] == [f"far: broken at {first.address}"]
 
     trio.run(main)
 

@@ -64,7 +64,18 @@ def test_reading_anywhere_is_cutting_from_the_whole(want: Manifest) -> None:
             inode = image.lookup(path)
             whole = image.read(inode)
             size = len(whole)
-            for offset in {0, 1, 511, 4095, 4096, 8191, size // 2, max(size - 1, 0), size, size + 9}:
+            for offset in {
+                0,
+                1,
+                511,
+                4095,
+                4096,
+                8191,
+                size // 2,
+                max(size - 1, 0),
+                size,
+                size + 9,
+            }:
                 for length in (0, 1, 513, 4097, size):
                     assert image.read(inode, offset, length) == whole[offset : offset + length]
 
@@ -290,9 +301,11 @@ class TestDevices:
     def test_a_device_that_is_too_short(self) -> None:
         want = golden("blobdev")
         short = MemorySource(want.devices[0].read_bytes()[:8192], name="short")
-        with pyerofs.open(want.image, devices=[short]) as image:
-            with pytest.raises(pyerofs.CorruptImage, match="beyond the end of short"):
-                image.read("size-65537")
+        with (
+            pyerofs.open(want.image, devices=[short]) as image,
+            pytest.raises(pyerofs.CorruptImage, match="beyond the end of short"),
+        ):
+            image.read("size-65537")
 
     def test_devices_of_any_kind(self) -> None:
         want = golden("blobdev")
