@@ -1,18 +1,22 @@
 """The ceiling: pyfuse3 serving a tree from memory, with no parsing and no decoding.
 
-    python ceiling.py IMAGE MOUNTPOINT
+    python ceiling.py IMAGE [MOUNTPOINT]
 
 Reads the whole image first (names, attributes and data, up to a few GB), then serves it with the
 smallest possible operations: what any file system built on pyfuse3 could reach at best.  Runs in the
 background once mounted, like pyerofs-fuse; unmount it to end it.
+
+Without a MOUNTPOINT it says "ready" when it has read the image, then reads mount points from stdin, a
+line each, and answers with the id of the process that serves it.
 """
 
 from __future__ import annotations
 
 import errno
+import gc
 import os
+import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 import pyfuse3
@@ -20,6 +24,8 @@ import trio
 
 import pyerofs
 from pyerofs import tree
+from pyerofs_fuse import eager
+from pyerofs_fuse.mount import read_ahead
 
 FOREVER = 1e9
 
@@ -79,7 +85,7 @@ class Ceiling(pyfuse3.Operations):
         pass
 
     async def flush(self, fh: int) -> None:
-        pass
+        raise pyfuse3.FUSEError(errno.ENOSYS)  # and the kernel never asks again
 
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
         raise pyfuse3.FUSEError(errno.ENODATA)
@@ -122,20 +128,42 @@ def _walk(image: pyerofs.Image) -> Any:
         yield path, directories, others, image.lookup(path)
 
 
-def main() -> None:
-    """Load, mount, fork, serve."""
-    with pyerofs.open(sys.argv[1]) as image:
-        nodes = load(image)
-    if os.fork():
-        while not Path(sys.argv[2]).is_mount():
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
-        os._exit(0)
+def fork(nodes: dict[int, Node], mountpoint: str) -> int:
+    """Serve in a process of its own; returns its id once it is mounted, or 0."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(write_end)
+        mounted = os.read(read_end, 1)
+        os.close(read_end)
+        return child if mounted else 0
     os.setsid()
-    pyfuse3.init(Ceiling(nodes), sys.argv[2], {"ro", "fsname=ceiling"})
+    pyfuse3.init(Ceiling(nodes), mountpoint, {"ro", "fsname=ceiling"})
+    read_ahead(mountpoint)
+    eager.enable()
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.write(write_end, b"\0")
     try:
         trio.run(pyfuse3.main)
     finally:
         pyfuse3.close()
+        os._exit(0)
+
+
+def main() -> None:
+    """Load, mount, fork, serve."""
+    with pyerofs.open(sys.argv[1]) as image:
+        nodes = load(image)
+    gc.collect()
+    gc.freeze()
+    if len(sys.argv) > 2:
+        sys.exit(0 if fork(nodes, sys.argv[2]) else 1)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(fork(nodes, line.rstrip("\n")), flush=True)
 
 
 if __name__ == "__main__":

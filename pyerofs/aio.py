@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar, TypeVarTuple
+from typing import Protocol, TypeVar, TypeVarTuple
 
 import trio
 
@@ -83,6 +83,16 @@ class Flight:
         self.done = trio.Event()
         self.result: Buffer | None = None
         self.error: ErofsError | None = None
+
+
+class Sink(Protocol):
+    """Somebody who wants to know what is decoded ahead; called by the event loop."""
+
+    def decoded(self, extent: Extent, found: bytes) -> None:
+        """An extent's pcluster has been decoded."""
+
+    def cheap(self, extent: Extent, pcluster: Pcluster, source: Source) -> None:
+        """An extent's pcluster is left to whoever needs it."""
 
 
 class AsyncImage:
@@ -187,7 +197,7 @@ class AsyncImage:
             source = self._sources[e.device].blocking
             if source is not None and not e.window:  # one trip to a thread for both
                 return await trio.to_thread.run_sync(
-                    self._read_and_decode, source, pcluster, limiter=self._decoders
+                    self.read_and_decode, source, pcluster, limiter=self._decoders
                 )
             encoded = await self.call(memory.encoded, pcluster)
         except Fault:
@@ -198,53 +208,67 @@ class AsyncImage:
             memory.decode, pcluster, encoded, limiter=self._decoders
         )
 
-    def _read_and_decode(self, source: Source, pcluster: Pcluster) -> bytes:
+    def read_and_decode(self, source: Source, pcluster: Pcluster) -> bytes:
+        """Read and decode a pcluster, and keep it.  For worker threads: blocks."""
         encoded = source.read_at(pcluster.address, pcluster.size)
         return self.memory.decode(pcluster, encoded)
 
-    def decode_ahead(self, inode: Inode, offset: int, length: int) -> None:
+    def decode_ahead(
+        self, inode: Inode, offset: int, length: int, sink: Sink | None = None
+    ) -> None:
         """Start decoding a range in the background, in worker threads.  Best effort: what can't be
-        found out without waiting, or is too much for now, is left out, and errors are kept for
-        whoever reads there."""
+        found out without waiting, what is too much for now, and what decodes faster than a thread
+        is told to do it are left out; errors are kept for whoever reads there.
+
+        ``sink``, where given, hears of the range's pclusters: of each that was decoded, and of those
+        left out because they are cheap."""
         try:
             found = self._map(inode, offset, length)
         except (Fault, ErofsError):
             return
-        batch: list[Pcluster] = []
+        batch: list[tuple[Extent, Pcluster]] = []
         cost = 0.0
         for extent in found:
-            if extent.kind == FRAGMENT and self.volume.packed is not None:
-                self.decode_ahead(self.volume.packed, extent.address, extent.length)
-            if extent.kind != ENCODED or self._batches >= MAX_BATCHES:
+            if extent.kind != ENCODED:
                 continue
             pcluster = data.pcluster(self.volume, inode, extent)
-            if pcluster[:5] in self._flights or self.memory.holds(pcluster):
+            if pcluster.device < 0 or (source := self._sources[pcluster.device].blocking) is None:
                 continue
-            if pcluster.device < 0 or self._sources[pcluster.device].blocking is None:
+            if cheap(pcluster):
+                if sink is not None:
+                    sink.cheap(extent, pcluster, source)
                 continue
-            batch.append(pcluster)
+            if (known := self.memory.pclusters.get(pcluster[:5])) is not None:
+                if sink is not None:
+                    sink.decoded(extent, known)
+                continue
+            if pcluster[:5] in self._flights or self._batches >= MAX_BATCHES:
+                continue
+            batch.append((extent, pcluster))
             cost += decode_ns(pcluster)
             if cost >= BATCH_NS:
-                self._start_batch(batch)
+                self._start_batch(batch, sink)
                 batch, cost = [], 0.0
         if batch:
-            self._start_batch(batch)
+            self._start_batch(batch, sink)
 
-    def _start_batch(self, batch: list[Pcluster]) -> None:
+    def _start_batch(self, batch: list[tuple[Extent, Pcluster]], sink: Sink | None) -> None:
         flights = []
-        for pcluster in batch:
+        for extent, pcluster in batch:
             flight = self._flights[pcluster[:5]] = Flight()
-            flights.append((pcluster, flight))
+            flights.append((extent, pcluster, flight))
         self._batches += 1
-        self._nursery.start_soon(self._run_batch, flights)
+        self._nursery.start_soon(self._run_batch, flights, sink)
 
-    async def _run_batch(self, batch: list[tuple[Pcluster, Flight]]) -> None:
+    async def _run_batch(
+        self, batch: list[tuple[Extent, Pcluster, Flight]], sink: Sink | None
+    ) -> None:
         def work() -> None:
-            for pcluster, flight in batch:
+            for _, pcluster, flight in batch:
                 source = self._sources[pcluster.device].blocking
                 assert source is not None
                 try:
-                    flight.result = self._read_and_decode(source, pcluster)
+                    flight.result = self.read_and_decode(source, pcluster)
                 except ErofsError:
                     continue  # the reader that gets there will see it
 
@@ -252,9 +276,13 @@ class AsyncImage:
             await trio.to_thread.run_sync(work, limiter=self._decoders)
         finally:
             self._batches -= 1
-            for pcluster, flight in batch:
+            for _, pcluster, flight in batch:
                 del self._flights[pcluster[:5]]
                 flight.done.set()
+        if sink is not None:
+            for extent, _, flight in batch:
+                if isinstance(flight.result, bytes):
+                    sink.decoded(extent, flight.result)
 
     async def _once(
         self, key: Hashable, get: Callable[[], Awaitable[T]], enough: Callable[[T], bool]
@@ -460,14 +488,15 @@ class AsyncFile:
     Whoever reads on where the last read ended is a sequential reader: for it, what comes next is
     decoded ahead in worker threads."""
 
-    __slots__ = ("_ahead", "_next", "image", "inode", "position")
+    __slots__ = ("_ahead", "_next", "image", "inode", "position", "sequential")
 
     def __init__(self, image: AsyncImage, inode: Inode) -> None:
         self.image = image
         self.inode = inode
         self.position = 0
         self._next = 0
-        self._ahead = 0  # decoding ahead has been asked for up to here
+        self._ahead = 0  # what comes next has been asked for up to here
+        self.sequential = True  # how it was read lately
 
     def read_now(self, offset: int, length: int) -> Buffer:
         """Like ``read_at`` where that need not wait; raises a Fault where it would."""
@@ -482,19 +511,27 @@ class AsyncFile:
     def _foresee(self, offset: int, length: int) -> None:
         end = offset + length
         if offset != self._next:
-            # the kernel's readahead may swap two requests: that is still sequential
-            if abs(offset - self._next) > 2 * length:
+            # requests may be swapped, or left out where what comes next was there already
+            near = self._next - 2 * length <= offset <= max(self._next, self._ahead) + length
+            if not near:
                 self._ahead = 0
-            self._next = max(end, self._next) if self._ahead else end
-            return
-        self._next = end
+                self.sequential = False
+                self._next = end
+                return
+        self._next = max(self._next, end)
+        self.sequential = True
         inode = self.inode
         if not offset or end >= inode.size or not inode.is_compressed:
             return
+        window = self.image.ahead
         start = max(self._ahead, end)
-        if start - end < self.image.ahead // 2 and start < inode.size:
-            self._ahead = end + self.image.ahead
-            self.image.decode_ahead(inode, start, self._ahead - start)
+        if start - end < window // 2 and start < inode.size:
+            self._ahead = min(start + window, inode.size)
+            self.expect(start, self._ahead - start)
+
+    def expect(self, offset: int, length: int) -> None:
+        """Called when a range will probably be read soon."""
+        self.image.decode_ahead(self.inode, offset, length)
 
     async def read(self, length: int = -1) -> bytes:
         """Up to ``length`` bytes at the cursor (all that is left by default), which moves on."""

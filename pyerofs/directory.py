@@ -69,25 +69,30 @@ def entries(vol: Volume, directory: Inode, cookie: int = 0) -> Iterator[Dirent]:
 def block_entries(vol: Volume, directory: Inode, index: int, first: int = 0) -> list[Dirent]:
     """The entries of one directory block, from number ``first`` on."""
     block, count = _block(vol, directory, index)
+    if first >= count:
+        return []
     base = index * vol.sb.directory_block_size
-    records = list(DIRENT.iter_unpack(block[: count * 12]))
-    found = []
-    for i in range(first, count):
-        nid, start, file_type = records[i]
-        if i + 1 < count:
-            end = records[i + 1][1]
-            name = block[start:end]
-        else:
-            end = len(block)
-            name = block[start:].split(b"\0", 1)[0]
-        if start > end or start < count * 12 or not 0 < len(name) <= NAME_LEN:
-            raise _bogus(directory, index, i)
-        if b"/" in name or b"\0" in name:
-            raise _bogus(directory, index, i)
-        found.append(Dirent(name, nid, file_type, base + (i + 1) * 12))
-    if found:  # what follows the last entry is the next block
-        found[-1] = found[-1]._replace(cookie=base + vol.sb.directory_block_size)
-    return found
+    records = [*DIRENT.iter_unpack(block[: count * 12])]
+    starts = [start for _, start, _ in records]
+    last = starts[-1]
+    length = len(block[last:].split(b"\0", 1)[0])
+    ends = [*starts[1:], last + length]
+    names = [block[start:end] for start, end in zip(starts, ends, strict=True)]
+    # one look at all names together: none is empty, too long, or has a NUL or slash in it
+    text = block[count * 12 : last + length]
+    lengths = [*map(len, names)]
+    if (
+        min(lengths) == 0
+        or max(lengths) > NAME_LEN
+        or sum(lengths) != len(text)
+        or b"/" in text
+        or b"\0" in text
+    ):
+        raise CorruptImage(f"bad name in directory block {index}", nid=directory.nid)
+    cookies = [*range(base + 12, base + count * 12, 12), base + vol.sb.directory_block_size]
+    rows = zip(names, [r[0] for r in records], [r[2] for r in records], cookies, strict=True)
+    found = [*map(Dirent._make, rows)]
+    return found[first:] if first else found
 
 
 def _block(vol: Volume, directory: Inode, index: int) -> tuple[bytes, int]:
@@ -116,7 +121,3 @@ def _name(block: bytes, i: int, count: int, directory: Inode) -> bytes:
     if not name:
         raise CorruptImage(f"directory entry {i} without a name", nid=directory.nid)
     return name
-
-
-def _bogus(directory: Inode, index: int, i: int) -> CorruptImage:
-    return CorruptImage(f"bad name in entry {i} of directory block {index}", nid=directory.nid)

@@ -4,82 +4,78 @@ from __future__ import annotations
 
 from pyerofs import ondisk
 from pyerofs.errors import CorruptImage, UnsupportedFeature
-from pyerofs.model import NULL_BLOCK, Inode
+from pyerofs.model import Inode
 from pyerofs.volume import Volume
 
 _COMPACT = ondisk.INODE_COMPACT.unpack_from
 _EXTENDED = ondisk.INODE_EXTENDED.unpack_from
+_NEW = Inode.__new__
 
 MAX_SIZE = (1 << 63) - 1
+FILE_TYPES = {0o010000, 0o020000, 0o040000, 0o060000, 0o100000, 0o120000, 0o140000}
 
 
 def load(vol: Volume, nid: int) -> Inode:
     """Read an inode.  Raises CorruptImage, UnsupportedFeature, or a Fault of the memory."""
     device, offset = vol.inode_position(nid)
     buffer, pos = vol.memory.at(device, offset, 32)
-    iformat = buffer[pos] | buffer[pos + 1] << 8
-    if iformat & ~ondisk.I_ALL:
-        raise UnsupportedFeature(f"inode format {iformat:#x} of nid {nid} at {offset:#x}")
-    inode = Inode.__new__(Inode)
-    inode.nid = nid
-    inode.layout = layout = iformat >> ondisk.I_LAYOUT_SHIFT & ondisk.I_LAYOUT_MASK
-    if layout >= ondisk.LAYOUT_MAX:
-        raise UnsupportedFeature(f"data layout {layout} of nid {nid} at {offset:#x}")
-    wide = True  # whether i_nb extends i_u to 48 bits
-    if iformat & ondisk.I_EXTENDED_BIT:
+    flags = buffer[pos]
+    inode = _NEW(Inode)
+    if flags & ondisk.I_EXTENDED_BIT:
         if pos + 64 > len(buffer):
             buffer, pos = vol.memory.at(device, offset, 64)
         (
-            _, icount, mode, nb, inode.size, iu, _,
+            flags, icount, mode, nb, inode.size, union,
             inode.uid, inode.gid, inode.mtime, inode.mtime_nsec, inode.nlink,
         ) = _EXTENDED(buffer, pos)  # fmt: skip
+        inode.union = union | nb << 32
+        inode.wide = True
         end = offset + 64
         if inode.size > MAX_SIZE:
             raise CorruptImage(f"size of {inode.size} bytes", offset=offset, nid=nid)
     else:
         (
-            _, icount, mode, nb, inode.size, mtime, iu, _, inode.uid, inode.gid, _,
+            flags, icount, mode, nb, inode.size, mtime, union, inode.uid, inode.gid,
         ) = _COMPACT(buffer, pos)  # fmt: skip
-        end = offset + 32
         inode.mtime = vol.sb.epoch + mtime
         inode.mtime_nsec = vol.sb.fixed_nsec
-        if iformat & ondisk.I_BIT4 and mode & 0o170000 != 0o040000:
+        if flags & ondisk.I_BIT4 and mode & 0o170000 != 0o040000:
             inode.nlink = 1
+            inode.union = union | nb << 32
+            inode.wide = True
         else:
             inode.nlink = nb
-            wide = False
+            inode.union = union
+            inode.wide = False
+        end = offset + 32
+    inode.nid = nid
     inode.mode = mode
+    inode.flags = flags
     inode.device = device
     inode.xattrs = end
-    # the header of 12 bytes counts as one unit of 4
-    inode.xattr_size = icount * 4 + 8 if icount else 0
-    inode.data = end + inode.xattr_size
-    inode.dot_omitted = False
-    inode.rdev = inode.blocks = inode.chunk_format = 0
-    inode.start = NULL_BLOCK
+    if icount:  # the header of 12 bytes counts as one unit of 4
+        inode.xattr_size = icount = icount * 4 + 8
+        inode.data = end + icount
+    else:
+        inode.xattr_size = 0
+        inode.data = end
     inode.zmap = None
-
-    kind = mode & 0o170000
-    if kind == 0o040000 or kind == 0o100000 or kind == 0o120000:
-        if kind == 0o040000:
-            inode.dot_omitted = bool(iformat & ondisk.I_BIT4)
-        if layout == ondisk.LAYOUT_CHUNK_BASED:
-            inode.chunk_format = iu & 0xFFFF
-            if inode.chunk_format & ~ondisk.CHUNK_ALL:
-                raise UnsupportedFeature(
-                    f"chunk format {inode.chunk_format:#x} of nid {nid} at {offset:#x}"
-                )
-        elif layout == ondisk.LAYOUT_FLAT_PLAIN or layout == ondisk.LAYOUT_FLAT_INLINE:
-            start = iu | nb << 32 if wide else iu
-            null = ondisk.NULL_ADDR_48 if wide else ondisk.NULL_ADDR_32
-            if layout != ondisk.LAYOUT_FLAT_PLAIN or start != null:
-                inode.start = start
-        else:
-            inode.blocks = iu | nb << 32 if wide else iu
-    elif kind == 0o020000 or kind == 0o060000:
-        # the kernel's 32-bit encoding: 12 bits of major in the middle of 20 of minor
-        major, minor = (iu >> 8) & 0xFFF, (iu & 0xFF) | (iu >> 12 & 0xFFF00)
-        inode.rdev = (minor & 0xFF) | (major & 0xFFF) << 8 | (minor & ~0xFF) << 12
-    elif kind != 0o010000 and kind != 0o140000:
+    inode.layout = layout = flags >> ondisk.I_LAYOUT_SHIFT & ondisk.I_LAYOUT_MASK
+    if layout >= ondisk.LAYOUT_CHUNK_BASED or flags > ondisk.I_ALL:
+        _check_layout(inode, offset)
+    if mode & 0o170000 not in FILE_TYPES:
         raise CorruptImage(f"file type {mode:#o}", offset=offset, nid=nid)
     return inode
+
+
+def _check_layout(inode: Inode, offset: int) -> None:
+    """Refuse formats, layouts and chunk formats that are not defined yet."""
+    if inode.flags & ~ondisk.I_ALL:
+        raise UnsupportedFeature(f"inode format {inode.flags:#x}, nid {inode.nid} at {offset:#x}")
+    if inode.layout >= ondisk.LAYOUT_MAX:
+        raise UnsupportedFeature(f"data layout {inode.layout}, nid {inode.nid} at {offset:#x}")
+    special = not (inode.is_file or inode.is_dir or inode.is_symlink)
+    if not special and inode.chunk_format & ~ondisk.CHUNK_ALL:
+        raise UnsupportedFeature(
+            f"chunk format {inode.chunk_format:#x}, nid {inode.nid} at {offset:#x}"
+        )

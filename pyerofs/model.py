@@ -5,6 +5,7 @@ This module imports only ``ondisk``.
 
 from __future__ import annotations
 
+import os
 import stat as st
 from typing import NamedTuple
 
@@ -97,18 +98,15 @@ class CompressionMap:
 
 
 class Inode:
-    """A decoded inode.  Immutable but for what the compression map keeps in it.
+    """A decoded inode.  Immutable but for ``zmap``, which is read when first needed.
 
-    ``mtime`` is in seconds since 1970; ``start`` is the first block of a flat file, or NULL_BLOCK;
-    ``data`` is the byte offset, on ``device``, of whatever follows the inode and its xattrs: inline
-    tail, chunk indexes or compression map."""
+    What depends on the layout is kept as it lies in the inode (``union``) and interpreted on use:
+    decoding inodes is most of what listing a directory costs."""
 
     __slots__ = (
-        "blocks",
-        "chunk_format",
         "data",
         "device",
-        "dot_omitted",
+        "flags",
         "gid",
         "layout",
         "mode",
@@ -116,10 +114,10 @@ class Inode:
         "mtime_nsec",
         "nid",
         "nlink",
-        "rdev",
         "size",
-        "start",
         "uid",
+        "union",
+        "wide",
         "xattr_size",
         "xattrs",
         "zmap",
@@ -131,19 +129,17 @@ class Inode:
     gid: int
     nlink: int
     size: int
-    mtime: int
+    mtime: int  # seconds since 1970
     mtime_nsec: int
-    rdev: int  # as os.makedev encodes it
     layout: int
-    blocks: int  # encoded blocks of a compressed file
-    start: int
-    chunk_format: int
+    flags: int  # the format field
+    union: int  # i_u, extended by i_nb to 48 bits where ``wide``
+    wide: bool
     device: int  # where the inode lies: 0 or METABOX
-    xattrs: int  # byte offset of the inline xattrs
+    xattrs: int  # byte offset of the inline xattrs there
     xattr_size: int  # 0 = none
-    data: int
-    dot_omitted: bool
-    zmap: CompressionMap | None  # read when first needed
+    data: int  # byte offset of what follows: inline tail, chunk table or compression map
+    zmap: CompressionMap | None
 
     @property
     def is_dir(self) -> bool:
@@ -164,6 +160,38 @@ class Inode:
     @property
     def mtime_ns(self) -> int:
         return self.mtime * 1_000_000_000 + self.mtime_nsec
+
+    @property
+    def dot_omitted(self) -> bool:
+        """Whether the directory has no ``.`` entry."""
+        return self.is_dir and bool(self.flags & ondisk.I_BIT4)
+
+    @property
+    def start(self) -> int:
+        """The first block of a flat file, or NULL_BLOCK where all of it is a hole."""
+        null = ondisk.NULL_ADDR_48 if self.wide else ondisk.NULL_ADDR_32
+        if self.layout == ondisk.LAYOUT_FLAT_PLAIN and self.union == null:
+            return NULL_BLOCK
+        return self.union
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks a compressed file's pclusters take."""
+        return self.union
+
+    @property
+    def chunk_format(self) -> int:
+        """Chunk size and kind of table of a chunk-based file."""
+        return self.union & 0xFFFF
+
+    @property
+    def rdev(self) -> int:
+        """The device number, as os.makedev makes it; 0 for what is no device."""
+        if self.mode & 0o170000 not in (0o020000, 0o060000):
+            return 0
+        # on disk: 12 bits of major in the middle of 20 bits of minor
+        raw = self.union & 0xFFFFFFFF
+        return os.makedev(raw >> 8 & 0xFFF, raw & 0xFF | raw >> 12 & 0xFFF00)
 
     def __repr__(self) -> str:
         return f"<Inode {self.nid} {st.filemode(self.mode)} {self.size} bytes>"

@@ -142,13 +142,13 @@ class InodeCompact(NamedTuple):
     i_size: int
     i_mtime: int  # seconds after epoch
     i_u: int  # block count, start block, device number or chunk format
-    i_ino: int
+    # 4 bytes: i_ino, a number for 32-bit stat, not used
     i_uid: int
     i_gid: int
-    i_reserved: int
+    # 4 bytes: reserved
 
 
-INODE_COMPACT = Struct("<HHHHIIIIHHI")
+INODE_COMPACT = Struct("<HHHHIII4xHH4x")
 
 
 class InodeExtended(NamedTuple):
@@ -158,15 +158,16 @@ class InodeExtended(NamedTuple):
     i_nb: int
     i_size: int
     i_u: int
-    i_ino: int
+    # 4 bytes: i_ino
     i_uid: int
     i_gid: int
-    i_mtime: int
+    i_mtime: int  # seconds since 1970
     i_mtime_nsec: int
     i_nlink: int
+    # 16 bytes: reserved
 
 
-INODE_EXTENDED = Struct("<HHHHQIIIIqII16x")
+INODE_EXTENDED = Struct("<HHHHQI4xIIqII16x")
 
 # --- chunk-based files ----------------------------------------------------------------------
 

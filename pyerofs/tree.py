@@ -29,6 +29,7 @@ from pyerofs.volume import Volume
 
 MAX_SYMLINKS = 40  # as Linux has it
 MAX_DEPTH = 4096  # directories within directories; PATH_MAX allows half of that
+MAX_KNOWN = 8192  # names with their inodes that path look-ups remember: some MiB
 MAX_TARGET = 4096  # bytes of a link's target: PATH_MAX
 
 PathLike: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -78,6 +79,7 @@ def root(vol: Volume) -> Inode:
     found = inodes.load(vol, vol.sb.root_nid)
     if not found.is_dir:
         raise CorruptImage("root inode is not a directory", nid=found.nid)
+    vol.root = found
     return found
 
 
@@ -85,7 +87,8 @@ def resolve(vol: Volume, path: bytes, follow: bool = True) -> Inode:
     """The inode that a path leads to; ``follow``: through a link at its end as well.
 
     Raises NotFound, NotADirectory, TooManySymlinks, CorruptImage, or a Fault of the memory."""
-    trail = [root(vol)]  # from the root down to where we are
+    known = vol.known
+    trail = [vol.root or root(vol)]  # from the root down to where we are
     todo = path.split(b"/")[::-1]
     links = 0
     while todo:
@@ -99,9 +102,14 @@ def resolve(vol: Volume, path: bytes, follow: bool = True) -> Inode:
             if len(trail) > 1:
                 trail.pop()
             continue
-        child = lookup(vol, here, name)
+        child = known.get((here.nid, name))
         if child is None:
-            raise NotFound(path)
+            child = lookup(vol, here, name)
+            if child is None:
+                raise NotFound(path)
+            if len(known) >= MAX_KNOWN:
+                known.clear()
+            known[here.nid, name] = child
         if child.is_symlink and (follow or any(todo)):
             links += 1
             if links > MAX_SYMLINKS:

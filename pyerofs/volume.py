@@ -15,7 +15,16 @@ class Volume:
     ``extra_devices`` is how many extra devices were given; 0 means that files on them are looked
     for in the primary one (a flat image), at the block where its slot maps it."""
 
-    __slots__ = ("extra_devices", "memory", "metabox", "packed", "prefixes", "sb")
+    __slots__ = (
+        "extra_devices",
+        "known",
+        "memory",
+        "metabox",
+        "packed",
+        "prefixes",
+        "root",
+        "sb",
+    )
 
     def __init__(self, sb: Superblock, memory: Memory, extra_devices: int = 0) -> None:
         if extra_devices and extra_devices != len(sb.devices):
@@ -28,6 +37,8 @@ class Volume:
         self.extra_devices = extra_devices
         self.metabox: Inode | None = None
         self.packed: Inode | None = None
+        self.root: Inode | None = None
+        self.known: dict[tuple[int, bytes], Inode] = {}  # what path look-ups found lately
         self.prefixes: tuple[tuple[int, bytes], ...] | None = None  # long xattr prefixes
         memory.zero_padded = sb.zero_padded
         memory.lzma_dict_size = sb.lzma_dict_size

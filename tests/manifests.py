@@ -7,6 +7,7 @@ blocks are larger than a page, what ``fsck.erofs --extract`` wrote (``fsck``).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -67,6 +68,17 @@ def golden(name: str) -> Manifest:
 def all_manifests(directory: Path = IMAGES) -> list[Manifest]:
     """All of a directory, by name; [] if it does not exist."""
     return [load(path) for path in sorted(directory.glob("*.json"))]
+
+
+def without_trusted(manifest: Manifest) -> Manifest:
+    """What of it users other than root see: no ``trusted.*``."""
+    entries = {}
+    for path, full in manifest.entries.items():
+        entries[path] = {field: value for field, value in full.items() if field != "xattrs"}
+        xattrs = full.get("xattrs", {})
+        if kept := {name: xattrs[name] for name in xattrs if not name.startswith("trusted.")}:
+            entries[path]["xattrs"] = kept
+    return dataclasses.replace(manifest, entries=entries)
 
 
 class StatLike(Protocol):

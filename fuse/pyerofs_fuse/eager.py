@@ -11,6 +11,7 @@ pyfuse3 lets its trio be replaced like this; it does so itself to run on asyncio
 from __future__ import annotations
 
 import select
+from collections.abc import Callable
 from typing import Any
 
 import pyfuse3
@@ -18,12 +19,14 @@ import trio
 
 MOMENT = 30e-6  # seconds: about what a client needs to send its next request
 IN_A_ROW = 64  # requests until other tasks get a turn
+SELECT_LIMIT = 1024  # select(2) can't look at descriptors from here on
 
 
 class _Lowlevel:
     """trio.lowlevel with another ``wait_readable``."""
 
-    def __init__(self) -> None:
+    def __init__(self, busy: Callable[[], bool]) -> None:
+        self._busy = busy
         self._row = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -32,8 +35,10 @@ class _Lowlevel:
     async def wait_readable(self, fd: int) -> None:
         """Return once ``fd`` is readable.  A checkpoint only if that takes a while."""
         self._row += 1
-        if self._row < IN_A_ROW and fd < 1024 and select.select([fd], (), (), MOMENT)[0]:
-            return
+        if self._row < IN_A_ROW and fd < SELECT_LIMIT:
+            moment = 0.0 if self._busy() else MOMENT
+            if select.select([fd], (), (), moment)[0]:
+                return
         self._row = 0
         await trio.lowlevel.wait_readable(fd)
 
@@ -41,13 +46,14 @@ class _Lowlevel:
 class _Trio:
     """trio with another ``lowlevel``."""
 
-    def __init__(self) -> None:
-        self.lowlevel = _Lowlevel()
+    def __init__(self, busy: Callable[[], bool]) -> None:
+        self.lowlevel = _Lowlevel(busy)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio, name)
 
 
-def enable() -> None:
-    """Make pyfuse3 wait eagerly from now on."""
-    pyfuse3.trio = _Trio()  # type: ignore[attr-defined]
+def enable(busy: Callable[[], bool]) -> None:
+    """Make pyfuse3 wait eagerly from now on, except while ``busy()``: other tasks then wait for
+    something that trio has to tell them."""
+    pyfuse3.trio = _Trio(busy)  # type: ignore[attr-defined]

@@ -17,13 +17,12 @@ import pyerofs.aio
 from pyerofs.errors import ErofsError
 from pyerofs_fuse import eager
 from pyerofs_fuse.daemon import Report
-from pyerofs_fuse.operations import Operations
+from pyerofs_fuse.operations import GRACE, Operations
 from pyerofs_fuse.options import Options, fuse_words
 
 log = logging.getLogger("pyerofs-fuse")
 
 READ_AHEAD_KB = 1024
-GRACE = 1.0  # seconds that requests get to finish once we are told to stop
 
 
 class MountError(Exception):
@@ -41,12 +40,11 @@ async def serve(options: Options, report: Report) -> None:
         ) as image:
             operations = Operations(image, shared=options.shared)
             mount(operations, options)
-            read_ahead(options.mountpoint)
-            eager.enable()
+            eager.enable(lambda: operations.waiting)
             gc.collect()
             gc.freeze()  # what start-up made stays; no need to look at it again and again
             try:
-                await _run(operations, report)
+                await _run(operations, report, options.mountpoint)
             finally:
                 pyfuse3.close()
     except (ErofsError, MountError) as e:
@@ -117,20 +115,33 @@ def check(options: Options) -> None:
         ) from None
 
 
-async def _run(operations: Operations, report: Report) -> None:
+async def _run(operations: Operations, report: Report, mountpoint: str) -> None:
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             nursery.start_soon(_stop_on, signals, operations, nursery.cancel_scope)
-            report.ready()
-            log.info("mounted")
+            nursery.start_soon(_announce, report, mountpoint)
             await pyfuse3.main()
             nursery.cancel_scope.cancel()
+    await operations.finish()
+
+
+async def _announce(report: Report, mountpoint: str) -> None:
+    """Report success once the mount has answered a request: from then on it is live, and the kernel
+    has agreed on how far it reads ahead, so that this can be changed."""
+    try:
+        await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
+    except OSError as e:
+        log.warning("%s: %s", mountpoint, e.strerror)
+    read_ahead(mountpoint)
+    report.ready()
+    log.info("mounted")
 
 
 async def _stop_on(signals: object, operations: Operations, scope: trio.CancelScope) -> None:
     async for number in signals:  # type: ignore[attr-defined]
         log.info("stopping on signal %d", number)
         operations.stop()
+        await operations.finish()
         pyfuse3.terminate()
         await trio.sleep(GRACE)
         scope.cancel()

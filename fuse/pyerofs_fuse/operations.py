@@ -11,7 +11,11 @@ import errno
 import functools
 import logging
 import stat
+from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
+from itertools import islice
+from operator import itemgetter
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 import pyfuse3
@@ -20,12 +24,13 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from pyerofs import directory, tree, xattr
 from pyerofs import inode as inodes
-from pyerofs.aio import AsyncFile, AsyncImage
+from pyerofs.aio import AsyncImage
 from pyerofs.errors import CorruptImage, ErofsError
 from pyerofs.memory import Fault
-from pyerofs.model import Dirent, Inode
+from pyerofs.model import Inode
 from pyerofs.ondisk import NAME_LEN
 from pyerofs.sources.base import Buffer
+from pyerofs_fuse.stream import StreamedFile, Streamer
 
 log = logging.getLogger("pyerofs-fuse")
 
@@ -34,6 +39,9 @@ ENTRIES_AT_ONCE = 128  # directory entries prepared in one go: a fraction of a m
 MAX_DIRECTORIES = 1024  # inodes of directories that are kept decoded
 STORE_SIZE = 128 << 10  # files up to this size go to the kernel's page cache when they are opened
 MAX_STORED = 1 << 15  # of them are remembered; forgetting one costs a copy, nothing else
+MAX_ROWS = 1 << 16  # directory entries kept ready to be sent, of all directories: about 25 MB
+MAX_DIRECTORY_ROWS = 1 << 13  # and of one; larger directories are prepared as they are read
+GRACE = 1.0  # seconds that what is under way gets to finish once we are told to stop
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -43,6 +51,8 @@ P = ParamSpec("P")
 # far end, where no nid can be (it would lie 2^68 bytes into the image).
 _NODE_OF = {0: 2**64 - 2, 1: 2**64 - 1}
 _NUMBER_OF = {node: number for number, node in _NODE_OF.items()}
+
+_cookie = itemgetter(2)
 
 _MODE_OF_TYPE = {
     1: stat.S_IFREG, 2: stat.S_IFDIR, 3: stat.S_IFCHR, 4: stat.S_IFBLK,
@@ -81,15 +91,41 @@ def answers(
     return wrap
 
 
+# A directory entry, ready to be sent: name, attributes, cookie of the entry after it.
+Row = tuple[bytes, EntryAttributes, int]
+
+
 class DirectoryHandle:
-    """An open directory and the entries prepared last: rows of (entry, inode or None)."""
+    """An open directory: entries that lie one after another, ``whole`` if from the first one on."""
 
-    __slots__ = ("inode", "rows", "start")
+    __slots__ = ("inode", "rows", "whole")
 
-    def __init__(self, inode: Inode) -> None:
+    def __init__(self, inode: Inode, rows: list[Row]) -> None:
         self.inode = inode
-        self.start = -1  # the cookie that ``rows`` begin at
-        self.rows: list[tuple[Dirent, Inode | None]] = []
+        self.rows = rows
+        self.whole = True
+
+
+class RowCache:
+    """The entries of whole directories, the least recently read dropped first."""
+
+    def __init__(self) -> None:
+        self._directories: OrderedDict[int, list[Row]] = OrderedDict()
+        self._rows = 0
+
+    def get(self, nid: int) -> list[Row] | None:
+        rows = self._directories.get(nid)
+        if rows is not None:
+            self._directories.move_to_end(nid)
+        return rows
+
+    def put(self, nid: int, rows: list[Row]) -> None:
+        if nid not in self._directories:
+            self._directories[nid] = rows
+            self._rows += len(rows)
+            while self._rows > MAX_ROWS:
+                _, gone = self._directories.popitem(last=False)
+                self._rows -= len(gone)
 
 
 class Operations(pyfuse3.Operations):
@@ -105,12 +141,14 @@ class Operations(pyfuse3.Operations):
         self._image = image
         self._volume = image.volume
         self._root_nid = image.volume.sb.root_nid
-        self._handles: dict[int, AsyncFile | DirectoryHandle] = {}
+        self._handles: dict[int, StreamedFile | DirectoryHandle] = {}
         self._next_handle = 1
         self._directories: dict[int, Inode] = {}
         self._waiting: set[trio.CancelScope] = set()
         self._opened: dict[int, int] = {}  # nid -> handles open or opening
         self._stored: dict[int, None] = {}  # nids whose data the kernel was given lately
+        self._streamer = Streamer(image)
+        self._rows = RowCache()
         self._attr = EntryAttributes()
         self._attr.st_blksize = image.volume.sb.block_size
         self._attr.entry_timeout = self._attr.attr_timeout = FOREVER
@@ -122,6 +160,16 @@ class Operations(pyfuse3.Operations):
         """Answer EIO to whatever is waiting."""
         for scope in list(self._waiting):
             scope.cancel()
+
+    async def finish(self) -> None:
+        """End the thread that pushes data.  Call it while requests are still answered, or after the
+        kernel has let go of the mount."""
+        await trio.to_thread.run_sync(self._streamer.pusher.stop, GRACE)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether some operation waits for a thread or the network."""
+        return bool(self._waiting)
 
     def report(self, e: ErofsError) -> None:
         """Log an error, but only the first one about an inode."""
@@ -180,10 +228,19 @@ class Operations(pyfuse3.Operations):
         return found
 
     def _attributes(self, inode: Inode, number: int) -> EntryAttributes:
-        """``number``: the node id, except for getattr, which shows the inode number.
+        """For lookup, ``number`` is the node id; for getattr, which shows it, the inode number.
 
-        Every caller sends the result before anything else runs, so that one object serves all."""
-        attr = self._attr
+        Both send the result before anything else runs, so that one object serves all."""
+        return self._fill(self._attr, inode, number)
+
+    def _new_attributes(self, inode: Inode) -> EntryAttributes:
+        """For readdir, to be kept."""
+        attr = EntryAttributes()
+        attr.st_blksize = self._volume.sb.block_size
+        attr.entry_timeout = attr.attr_timeout = FOREVER
+        return self._fill(attr, inode, self._node(inode.nid))
+
+    def _fill(self, attr: EntryAttributes, inode: Inode, number: int) -> EntryAttributes:
         attr.st_ino = number
         attr.st_mode = inode.mode
         attr.st_nlink = inode.nlink
@@ -195,7 +252,7 @@ class Operations(pyfuse3.Operations):
         attr.st_atime_ns = attr.st_mtime_ns = attr.st_ctime_ns = inode.mtime_ns
         return attr
 
-    def _handle(self, opened: AsyncFile | DirectoryHandle) -> int:
+    def _handle(self, opened: StreamedFile | DirectoryHandle) -> int:
         number = self._next_handle
         self._next_handle += 1
         self._handles[number] = opened
@@ -262,35 +319,39 @@ class Operations(pyfuse3.Operations):
 
     @answers(metadata=True)
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        return self._handle(DirectoryHandle(await self._directory(inode)))
+        found = await self._directory(inode)
+        rows = self._rows.get(found.nid)
+        return self._handle(DirectoryHandle(found, [] if rows is None else rows))
 
     @answers(metadata=True)
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        handle = self._handles[fh]
-        assert isinstance(handle, DirectoryHandle)
+        handle: Any = self._handles[fh]
         reply = pyfuse3.readdir_reply
+        rows: list[Row] = handle.rows
+        at = bisect_right(rows, start_id, key=_cookie) if start_id else 0
+        if not at and start_id:  # a seek to before what we have
+            rows = []
         while True:
-            rows = handle.rows
-            if handle.start != start_id or not rows:
-                rows = await self._run(self._prepare, handle.inode, start_id)
-                if not rows:
+            for name, attr, cookie in islice(rows, at, None):
+                if not reply(token, name, attr, cookie):
                     return
-            for i, (entry, inode) in enumerate(rows):
-                if inode is None:  # broken: its name is listed, looking at it gives the error
-                    attr = EntryAttributes()
-                    attr.st_ino = 0
-                    attr.st_mode = _MODE_OF_TYPE.get(entry.file_type, stat.S_IFREG)
-                else:
-                    attr = self._attributes(inode, self._node(inode.nid))
-                if not reply(token, entry.name, attr, entry.cookie):
-                    handle.rows = rows[i:]
-                    handle.start = start_id
-                    return
-                start_id = entry.cookie
-            handle.rows = []
+                start_id = cookie
+            more = await self._run(self._prepare, handle.inode, start_id)
+            if not more:
+                if handle.whole:
+                    self._rows.put(handle.inode.nid, handle.rows)
+                return
+            follows = rows is handle.rows and (rows[-1][2] if rows else 0) == start_id
+            if follows and len(rows) < MAX_DIRECTORY_ROWS:
+                at = len(rows)
+                rows += more
+            else:
+                at = 0
+                rows = handle.rows = more
+                handle.whole = False
 
-    def _prepare(self, parent: Inode, cookie: int) -> list[tuple[Dirent, Inode | None]]:
-        """Some entries from ``cookie`` on, with their inodes; [] at the end."""
+    def _prepare(self, parent: Inode, cookie: int) -> list[Row]:
+        """Some entries from ``cookie`` on, with their attributes; [] at the end."""
         vol = self._volume
         size = vol.sb.directory_block_size
         index, skip = divmod(cookie, size)
@@ -298,15 +359,18 @@ class Operations(pyfuse3.Operations):
         if cookie >= end:  # where "." is not stored, it comes last, as from the kernel
             if cookie > end or not parent.dot_omitted:
                 return []
-            return [(Dirent(b".", parent.nid, 2, end + 1), parent)]
-        found: list[tuple[Dirent, Inode | None]] = []
+            return [(b".", self._new_attributes(parent), end + 1)]
+        found: list[Row] = []
         block = directory.block_entries(vol, parent, index, -(-skip // 12))
         for entry in block[:ENTRIES_AT_ONCE]:
             try:
-                found.append((entry, inodes.load(vol, entry.nid)))
-            except ErofsError as e:
+                attr = self._new_attributes(inodes.load(vol, entry.nid))
+            except ErofsError as e:  # broken: its name is listed, looking at it gives the error
                 self.report(e)
-                found.append((entry, None))
+                attr = EntryAttributes()
+                attr.st_ino = 0
+                attr.st_mode = _MODE_OF_TYPE.get(entry.file_type, stat.S_IFREG)
+            found.append((entry.name, attr, entry.cookie))
         return found
 
     @answers(metadata=True)
@@ -318,7 +382,7 @@ class Operations(pyfuse3.Operations):
     @answers(metadata=True)
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         found = await self._inode(inode)
-        file = AsyncFile(self._image, found)
+        file = StreamedFile(self._streamer, found, inode)
         nid = found.nid
         self._opened[nid] = self._opened.get(nid, 0) + 1
         try:
@@ -329,7 +393,7 @@ class Operations(pyfuse3.Operations):
             raise
         return FileInfo(fh=self._handle(file), keep_cache=True)
 
-    async def _store(self, node: int, file: AsyncFile) -> None:
+    async def _store(self, node: int, file: StreamedFile) -> None:
         """Put a small file's data into the kernel's page cache, so that no READ ever comes.
 
         A READ that is under way for one of these pages, even one that we have not received yet,
@@ -365,6 +429,8 @@ class Operations(pyfuse3.Operations):
             found: Buffer = file.read_now(off, size)
         except Fault:
             found = await self._wait(file.read_at(off, size))
+        if not file.sequential:
+            file.push_rest(off, off + size)
         return found
 
     @answers(metadata=True)

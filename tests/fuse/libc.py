@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-MS_RDONLY = 1
+MS_RDONLY, MS_REMOUNT = 1, 32
+AT_FDCWD = -100
+HANDLE_BYTES = 128  # MAX_HANDLE_SZ
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.getdents64.restype = ctypes.c_ssize_t
@@ -41,6 +43,26 @@ def mount(source: Path, where: Path, kind: str, options: str) -> None:
 def unmount(where: Path) -> None:
     """umount2(2) without flags."""
     _checked(_libc.umount2(os.fsencode(where), 0))
+
+
+def remount(where: Path) -> None:
+    """Change nothing about a read-only mount, but make the kernel forget its inodes."""
+    _checked(_libc.mount(None, os.fsencode(where), None, MS_RDONLY | MS_REMOUNT, None))
+
+
+def handle_of(path: Path) -> bytes:
+    """name_to_handle_at(2), links not followed: a ``struct file_handle``."""
+    header = struct.pack("=Ii", HANDLE_BYTES, 0)
+    handle = ctypes.create_string_buffer(header, len(header) + HANDLE_BYTES)
+    mount_id = ctypes.c_int()
+    words = os.fsencode(path), handle, ctypes.byref(mount_id)
+    _checked(_libc.name_to_handle_at(AT_FDCWD, *words, 0))
+    return handle.raw
+
+
+def open_by_handle(mount: int, handle: bytes, flags: int) -> int:
+    """open_by_handle_at(2): a descriptor."""
+    return _checked(_libc.open_by_handle_at(mount, handle, flags))
 
 
 class Dirent(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,30 +9,26 @@ from pathlib import Path
 import pytest
 
 from tests.fuse.mounting import mounted
-from tests.manifests import ALL_FEATURES, Manifest, all_manifests, differences, entries_below
+from tests.helpers import every_image
+from tests.manifests import (
+    ALL_FEATURES,
+    Manifest,
+    all_manifests,
+    differences,
+    entries_below,
+    without_trusted,
+)
 
 
 def visible(manifest: Manifest) -> Manifest:
     """What of it we may see: ``trusted.*`` is for root."""
-    if os.geteuid() == 0:
-        return manifest
-    return without_trusted(manifest)
+    return manifest if os.geteuid() == 0 else without_trusted(manifest)
 
 
-def without_trusted(manifest: Manifest) -> Manifest:
-    entries = {}
-    for path, entry in manifest.entries.items():
-        xattrs = entry.get("xattrs", {})
-        kept = {name: value for name, value in xattrs.items() if not name.startswith("trusted.")}
-        entries[path] = {k: v for k, v in entry.items() if k != "xattrs"}
-        entries[path] |= {"xattrs": kept} if kept else {}
-    return dataclasses.replace(manifest, entries=entries)
-
-
-@pytest.mark.parametrize("manifest", all_manifests(), ids=str)
-def test_shows_what_its_manifest_says(manifest: Manifest, where: Path) -> None:
-    with mounted(manifest, where):
-        assert differences(visible(manifest), entries_below(where)) == []
+@every_image
+def test_shows_what_its_manifest_says(want: Manifest, where: Path) -> None:
+    with mounted(want, where):
+        assert differences(visible(want), entries_below(where)) == []
 
 
 def test_larger_images_too(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ def _deflate(data: bytes) -> bytes:
 
 
 def records() -> bytes:
-    """Extent records of all four sizes: three pclusters, a hole and stored bytes in each file."""
+    """Extent records of all four sizes: two pclusters, stored bytes and a hole in each file; and a
+    file that is two pclusters many times."""
     pieces: list[bytes] = []
     stored = hm.noise(BLOCK)
     found = {}
@@ -54,6 +55,8 @@ def records() -> bytes:
             start += step if form is not None else BLOCK
         rows.append((start, 0, 0))
         found[b"records of %d" % size] = hm.extents(start + BLOCK, size, rows)
+    again = [(3000 * i, *rows[i // 10][1:]) for i in range(20)]
+    found[b"again and again"] = hm.extents(3000 * 20, 16, again)
     return flattened(
         hm.build(
             found,
@@ -108,10 +111,9 @@ GOOD = {"handmade-records": records, "handmade-indexes": indexes}
 def directories(children: Sequence[Sequence[int]]) -> bytes:
     """An image with directories by number; each has those of ``children`` (two at most), as ``a``
     and ``b``.  The root has number 0, as ``top``."""
-    first = 16
-    pieces = hm.build({}, elsewhere={b"top": (first, ondisk.FT_DIR)}, first_nid=first * 2)
-    meta = hm.METADATA
-    room = {}
+    first = 256  # behind the root
+    pieces = hm.build({}, elsewhere={b"top": (first, ondisk.FT_DIR)})
+    found = {}
     for number, below in enumerate(children):
         names = (b"a", b"b")
         entries = {
@@ -121,5 +123,14 @@ def directories(children: Sequence[Sequence[int]]) -> bytes:
         content = hm.directory(entries or {b".": (first, ondisk.FT_DIR)}, 4096)
         record = hm.inline(content, mode=hm.DIRECTORY, nlink=2)
         assert len(record) <= 64
-        room[meta + 32 * (first + 2 * number)] = record
-    return flattened(pieces | room)
+        found[hm.METADATA + 32 * (first + 2 * number)] = record
+    return flattened(pieces | found)
+
+
+def single(file: bytes, incompat: int) -> bytes:
+    """An image with one file, which may be an inode of any size, as ``file``."""
+    first = 4096
+    pieces = hm.build(
+        {}, block_bits=9, incompat=incompat, elsewhere={b"file": (first, ondisk.FT_REG_FILE)}
+    )
+    return flattened(pieces | {hm.METADATA + 32 * first: file})

@@ -163,10 +163,7 @@ def attempt(config: Config, tried: Case, tally: Tally) -> tuple[str, str] | None
         tally.results.update({f"{tried.way} {k}": n for k, n in outcome.results.items()})
         if used > config.memory:
             raise TooMuchMemory(f"more than {config.memory >> 20} MiB")
-    except (Exception, Hang, BaseExceptionGroup) as error:
-        e: BaseException = error
-        while isinstance(e, BaseExceptionGroup):
-            e = e.exceptions[0]
+    except (Exception, Hang, BaseExceptionGroup) as e:
         tally.outcomes[type(e).__name__] += 1
         return _key(e), "".join(traceback.format_exception(e, limit=-12))
     return None
@@ -180,7 +177,9 @@ def _key(e: BaseException) -> str:
         inside = inside[:2]
     where = f"{Path(inside[-1].filename).name}:{inside[-1].name}:{inside[-1].lineno}"
     message = str(e).split(":")[0] if isinstance(e, AssertionError) else ""
-    return f"{type(e).__name__} in {where} {''.join(c for c in message if not c.isdigit())}".strip()
+    within = f" of {type(e.exceptions[0]).__name__}" if isinstance(e, BaseExceptionGroup) else ""
+    message = "".join(c for c in message if not c.isdigit())
+    return f"{type(e).__name__}{within} in {where} {message}".strip()
 
 
 def shrink(config: Config, failed: Case, key: str) -> Case:

@@ -1,0 +1,104 @@
+"""Give the kernel data that it has not asked for, from a thread of its own.
+
+``notify_store`` puts data into the kernel's page cache.  It waits for a page that a READ under way has
+locked, so it must never run where READs are answered, nor in the threads that decode for them; in
+this one it may wait as long as it likes.  Nor may a READ wait for this thread: what it decodes it
+decodes for itself.  Everything here is best effort: what does not fit into the queue is dropped, and
+errors (a corrupt pcluster, an unmount) end nothing but one push.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+import pyfuse3
+
+from pyerofs.errors import ErofsError
+from pyerofs.sources.base import Buffer
+
+MAX_QUEUED = 256  # pieces: some MiB, of which most are in the cache of decoded data anyway
+MAX_PARTIAL = 64  # pages of which only a part has come yet
+PAGE = 4096
+
+Job = tuple[int, int, int, Callable[[], Buffer]]  # node, offset, file size, where the data is from
+
+
+class Pusher:
+    """The thread that stores; started with the first push."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[Job | None] = queue.Queue(MAX_QUEUED)
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._partial: dict[tuple[int, int], list[Buffer | int]] = {}
+
+    def push(self, node: int, offset: int, size: int, get: Callable[[], Buffer]) -> bool:
+        """Store what ``get()``, called in the thread, returns, at ``offset`` of a node whose file
+        has ``size`` bytes.  Pages are stored once all of them is known: pieces need not be aligned.
+        False if there is too much to do already."""
+        if self._stopping:
+            return False
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="pusher", daemon=True)
+            self._thread.start()
+        try:
+            self._queue.put_nowait((node, offset, size, get))
+        except queue.Full:
+            return False
+        return True
+
+    def stop(self, patience: float) -> None:
+        """Drop what is queued and wait, ``patience`` seconds at most, for what is under way.
+        Blocks: call it in a thread while READs are still answered, or after the mount is gone."""
+        self._stopping = True
+        if self._thread is None:
+            return
+        try:
+            while True:
+                self._queue.get_nowait()
+        except queue.Empty:
+            self._queue.put(None)
+        self._thread.join(patience)
+
+    def _run(self) -> None:
+        while (job := self._queue.get()) is not None:
+            if self._stopping:
+                continue
+            node, offset, size, get = job
+            try:
+                self._store(node, offset, size, memoryview(get()))
+            except (OSError, ErofsError):
+                pass  # the kernel has let go of the inode or the mount; or a READ will tell
+
+    def _store(self, node: int, offset: int, size: int, data: memoryview) -> None:
+        end = offset + len(data)
+        first = (offset + PAGE - 1) & -PAGE
+        last = end if end >= size else end & -PAGE
+        if first < last:
+            pyfuse3.notify_store(node, first, data[first - offset : last - offset])  # type: ignore[arg-type]
+        if offset < first:
+            self._part(node, offset, data[: min(first, end) - offset], size)
+        if max(last, first) < end:
+            self._part(node, max(last, first), data[max(last, first) - offset :], size)
+
+    def _part(self, node: int, offset: int, data: memoryview, size: int) -> None:
+        """Keep a part of a page, and store the page when its parts are complete."""
+        start = offset & -PAGE
+        whole = min(PAGE, size - start)
+        key = (node, start)
+        held = self._partial.pop(key, None)
+        if held is None:
+            held = [bytearray(whole), 0]
+        page, have = held
+        assert isinstance(page, bytearray)
+        assert isinstance(have, int)
+        page[offset - start : offset - start + len(data)] = data
+        have += len(data)
+        if have >= whole:
+            pyfuse3.notify_store(node, start, page)  # type: ignore[arg-type]
+            return
+        if len(self._partial) >= MAX_PARTIAL:
+            del self._partial[next(iter(self._partial))]
+        self._partial[key] = [page, have]
