@@ -90,7 +90,9 @@ class Ran:
     peak: float
 
 
-def run(command: Sequence[str | os.PathLike[str]], sink: Callable[[int], None] | None = None) -> Ran:
+def run(
+    command: Sequence[str | os.PathLike[str]], sink: Callable[[int], None] | None = None
+) -> Ran:
     """Run a program to its end.  ``sink`` gets a descriptor with its output, which is dropped
     otherwise.  Raises CalledProcessError."""
     start = time.perf_counter()
@@ -234,7 +236,9 @@ class Report:
         rounds = max((len(v) for row in self.rows.values() for v in row.values()), default=0)
         text = f"### {self.title}\n\n{self.table()}\n"
         if self.against:
-            text += f"\nMedians of up to {rounds} rounds.  Ratios: above 1, {self.ours} is better.\n"
+            text += (
+                f"\nMedians of up to {rounds} rounds.  Ratios: above 1, {self.ours} is better.\n"
+            )
         text += "".join(f"\n- {note}" for note in self.notes)
         text += f"\n\n{self.appendix}" if self.appendix else ""
         print(f"\n{text}")

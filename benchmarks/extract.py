@@ -33,7 +33,9 @@ WORDS: dict[str, dict[str, Callable[[Path, str], list[str | Path]]]] = {
 }
 
 
-def measure(report: Report, name: str, image: Path, what: str, system: str, out: Path | None) -> None:
+def measure(
+    report: Report, name: str, image: Path, what: str, system: str, out: Path | None
+) -> None:
     """Run one command once."""
     program = find(system)
     if program is None:

@@ -1,91 +1,186 @@
 """What does it cost when images grow?
 
 Images of a thousand to a million files, a directory of a hundred thousand entries, and a file of up
-to 10 GiB, sparse and compressed.  For each: time to mount, to look up random names or to read random
-pages, and the daemon's memory.  Everything should stay flat.  Images are made of tar streams in
-``--scratch``: nothing but the images, 1 GB in all, ever lies on disk.  Draws growth.svg.
+to 10 GiB, stored as chunks with holes and compressed.  For each: time to mount, to look up random
+names or read random pages, and the daemon's memory.  Ideally all of it stays flat.  The images are
+made in ``--scratch``, one at a time, of a tar stream or a sparse file; 1 GB there is enough.
+Draws growth.svg.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import statistics
 import tempfile
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tarfile import USTAR_FORMAT, TarInfo
+from tarfile import DIRTYPE, USTAR_FORMAT, TarInfo
 from typing import Any, BinaryIO
 
-from chart import Chart
+from chart import Series, draw
 from common import Report, options, parse, save, say, timed
-from images import CannotMake, make
+from images import make
 from mounting import EROFSFUSE, KERNEL, PYEROFS, CannotMount, Mount, commands, walk
 
 SYSTEMS = (KERNEL, EROFSFUSE, PYEROFS)
 FILES = (1_000, 10_000, 100_000, 1_000_000)
 PER_DIRECTORY = 1000
 ENTRIES = 100_000  # of the large directory
-SIZES = (1 << 26, 1 << 28, 1 << 30, 10 << 30)  # of the large file
+SIZES = (10 << 20, 100 << 20, 1 << 30, 10 << 30)  # of the large file
 LOOKUPS = 2000
 READS = 500
 PAGE = 4096
 BLOCK = 1 << 20
 
-Add = Callable[[str, str, float], None]  # what, unit, value
+MOUNT, LOOKUP, WALK, LOAD, MEMORY = (
+    ("mount to first ls", "ms"),
+    ("look up a random name", "us"),
+    ("walk + lstat, per entry", "us"),
+    ("read a random page", "us"),
+    ("daemon peak memory", "MiB"),
+)
+
+Add = Callable[[tuple[str, str], float], None]
 Probe = Callable[[Mount, Add], None]
 
 
-# --- what the images are made of --------------------------------------------------------------
-
-
-def names(count: int, per_directory: int) -> list[str]:
-    """Paths of files in directories of equal size."""
+def paths(count: int, per_directory: int) -> list[str]:
+    """Names for files, in directories of equal size."""
     return [f"d{i // per_directory:04}/f{i:07}" for i in range(count)]
 
 
-def small_files(paths: Iterable[str], stream: BinaryIO) -> None:
+def tar_of(names: Iterable[str], stream: BinaryIO) -> None:
     """A tar stream of files that hold their own names."""
     here = ""
-    for path in paths:
-        directory = path.partition("/")[0]
+    for name in names:
+        directory = name.partition("/")[0]
         if directory != here:
             here = directory
             info = TarInfo(directory)
-            info.type, info.mode = b"5", 0o755
+            info.type, info.mode = DIRTYPE, 0o755
             stream.write(info.tobuf(USTAR_FORMAT))
-        data = path.encode()
-        stream.write(header(path, len(data)) + data.ljust(512, b"\0"))
+        info = TarInfo(name)
+        info.size = len(name)
+        stream.write(info.tobuf(USTAR_FORMAT) + name.encode().ljust(512, b"\0"))
     stream.write(bytes(1024))
 
 
-def large_file(size: int, stream: BinaryIO) -> None:
-    """A tar stream of one file that compresses by about fifty, every page of it different."""
-    stream.write(header("big", size))
+def write_sparse(path: Path, size: int) -> None:
+    """A file with four pages of data in every MiB, and holes otherwise."""
     rng = random.Random(4)
-    filler = b"the quick brown fox jumps over the lazy dog, again and again; "
-    for _ in range(size // BLOCK):
-        block = bytearray(filler * (BLOCK // len(filler) + 1))[:BLOCK]
-        for page in range(0, BLOCK, PAGE):
-            block[page : page + 48] = rng.randbytes(48)
-        stream.write(block)
-    stream.write(bytes(1024))
-
-
-def header(path: str, size: int) -> bytes:
-    """A tar header of a regular file."""
-    info = TarInfo(path)
-    info.size = size
-    info.mode = 0o644
-    return info.tobuf(USTAR_FORMAT)
-
-
-def sparse_file(path: Path, size: int) -> None:
-    """A file with a page of data in every MiB, and holes otherwise."""
     with path.open("wb") as f:
         f.truncate(size)
         for start in range(0, size, BLOCK):
             f.seek(start)
-            f.write(b"data".ljust(PAGE, b"."))
+            f.write(rng.randbytes(2 * PAGE).hex().encode())
+
+
+def names_probe(names: list[str], m: Mount, add: Add) -> None:
+    """Look up random names, then walk through everything."""
+    chosen = [str(m.path / name) for name in random.Random(5).choices(names, k=LOOKUPS)]
+
+    def look_up() -> None:
+        for path in chosen:
+            os.lstat(path)
+
+    add(LOOKUP, timed(look_up) / LOOKUPS * 1e6)
+    add(WALK, timed(walk, m.path) / len(names) * 1e6)
+
+
+def pages_probe(size: int, m: Mount, add: Add) -> None:
+    """Read random pages that hold data."""
+    rng = random.Random(6)
+    places = [rng.randrange(size // BLOCK) * BLOCK + rng.randrange(4) * PAGE for _ in range(READS)]
+    fd = os.open(m.path / "big", os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+        def read() -> None:
+            for place in places:
+                os.pread(fd, PAGE, place)
+
+        add(LOAD, timed(read) / READS * 1e6)
+    finally:
+        os.close(fd)
+
+
+def measure(report: Report, args: Any, subject: str, image: Path, probe: Probe) -> None:
+    """All systems on one image, in rounds."""
+    systems = commands(report)
+    for _ in range(args.rounds):
+        systems.append(systems.pop(0))
+        for system in systems:
+
+            def add(what: tuple[str, str], value: float, name: str = system.name) -> None:
+                report.add(subject, *what, name, value)
+
+            try:
+                with Mount(system, image) as m:
+                    add(MOUNT, m.first_ls * 1e3)
+                    probe(m, add)
+                    if peak := m.peak():
+                        add(MEMORY, peak)
+            except (CannotMount, OSError) as e:
+                report.note(f"{system.name} fails on {subject}: {e}")
+
+
+def series(report: Report, subjects: dict[float, str], what: tuple[str, str]) -> Series:
+    """The medians of a measurement by size."""
+    found: Series = {}
+    for size, subject in subjects.items():
+        for system, samples in report.rows.get((subject, *what), {}).items():
+            found.setdefault(system, []).append((size, statistics.median(samples)))
+    return {system: found[system] for system in SYSTEMS if system in found}
+
+
+def main() -> None:
+    """Make images, measure, report, draw."""
+    parser = options(__doc__, rounds=3, images=False)
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="default: as Python's tempfile")
+    args = parse(parser)
+    report = Report("growth", "Growing images", SYSTEMS, (EROFSFUSE,))
+    files = FILES[:2] if args.quick else FILES
+    sizes = SIZES[:2] if args.quick else SIZES
+    entries = ENTRIES // 10 if args.quick else ENTRIES
+    by_files: dict[float, str] = {}
+    by_size: dict[float, str] = {}
+    with tempfile.TemporaryDirectory(prefix="pyerofs-bench-", dir=args.scratch) as scratch:
+        image = Path(scratch, "image.erofs")
+        for count, per_directory in [(n, PER_DIRECTORY) for n in files] + [(entries, entries)]:
+            subject = f"{count:,} files"
+            if per_directory == PER_DIRECTORY:
+                by_files[count] = subject
+            else:
+                subject += " in one directory"
+            say(f"{subject}:")
+            names = paths(count, per_directory)
+            make(image, [], partial(tar_of, names))
+            measure(report, args, subject, image, partial(names_probe, names))
+        source = Path(scratch, "source")
+        source.mkdir()
+        for size in sizes:
+            write_sparse(source / "big", size)
+            for how, words in (("chunks", ["--chunksize=4096"]), ("lz4", ["-zlz4", "-C65536"])):
+                subject = f"file of {size >> 20:,} MiB, {how}"
+                if how == "lz4":
+                    by_size[size] = subject
+                say(f"{subject}:")
+                make(image, words, source)
+                measure(report, args, subject, image, partial(pages_probe, size))
+    report.finish(args)
+    panels = [
+        (f"{what[0]} ({what[1]})", counts, found)
+        for counts, subjects, whats in (
+            ("files", by_files, (MOUNT, LOOKUP, WALK, MEMORY)),
+            ("bytes in one file (lz4)", by_size, (LOAD, MEMORY)),
+        )
+        for what in whats
+        if (found := series(report, subjects, what))
+    ]
+    save(args.results, "growth.svg", draw("What it costs when images grow", panels))
+
+
+if __name__ == "__main__":
+    main()

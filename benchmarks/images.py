@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import stat
 import subprocess
 import tarfile
@@ -16,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from common import Report, find, say
 
@@ -101,26 +100,25 @@ class CannotMake(Exception):
     """An image can't be made."""
 
 
-def make(path: Path, words: list[str], write: Callable[[BinaryIO], None]) -> None:
-    """Make an image of a tar stream that ``write`` produces, so that nothing has to lie on disk.
-
-    Raises CannotMake."""
+def make(path: Path, words: list[str], source: Path | Callable[[BinaryIO], None]) -> None:
+    """Make an image of a directory, or of the tar stream that ``source`` writes: then nothing has to
+    lie on disk.  Raises CannotMake."""
     program = find("mkfs.erofs")
     if program is None:
         raise CannotMake("mkfs.erofs is not on PATH")
     say(f"making {path.stem} ...")
     rough = path.with_suffix(".part")
-    command = [program, "--quiet", "--tar=f", *words, str(rough)]
+    what = [rough, source] if isinstance(source, Path) else ["--tar=f", rough]
+    command = [program, "--quiet", *words, *what]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as child:
-        assert child.stdin is not None
-        with suppress(BrokenPipeError):  # it tells why
-            write(child.stdin)  # type: ignore[arg-type]
-        _, errors = child.communicate()
+        if not isinstance(source, Path):
+            with suppress(BrokenPipeError):  # mkfs.erofs tells why
+                source(cast(BinaryIO, child.stdin))
+        errors = child.communicate()[1].decode("utf-8", "replace").strip()
     if child.returncode:
         rough.unlink(missing_ok=True)
-        last = errors.decode("utf-8", "replace").strip().splitlines()[-1:]
-        raise CannotMake(last[0] if last else f"mkfs.erofs ends with {child.returncode}")
-    shutil.move(rough, path)
+        raise CannotMake(errors.splitlines()[-1] if errors else "mkfs.erofs fails")
+    rough.replace(path)
 
 
 def _files(top: Path) -> Iterator[tuple[Path, int]]:

@@ -50,7 +50,9 @@ def empty(stream: BinaryIO) -> None:
 def main() -> None:
     """Measure, report."""
     args = parse(options(__doc__, rounds=15, images=False))
-    report = Report("startup", "Start-up", (KERNEL, EROFSFUSE, PYEROFS, PYTHON), (EROFSFUSE, PYTHON))
+    report = Report(
+        "startup", "Start-up", (KERNEL, EROFSFUSE, PYEROFS, PYTHON), (EROFSFUSE, PYTHON)
+    )
     systems = commands(report)
     shortest = {PYTHON: [sys.executable, "-c", "pass"]}
     for system, program in ((EROFSFUSE, "erofsfuse"), (PYEROFS, "pyerofs-fuse")):

@@ -91,9 +91,6 @@ class Sink(Protocol):
     def decoded(self, extent: Extent, found: bytes) -> None:
         """An extent's pcluster has been decoded."""
 
-    def cheap(self, extent: Extent, pcluster: Pcluster, source: Source) -> None:
-        """An extent's pcluster is left to whoever needs it."""
-
 
 class AsyncImage:
     """An open EROFS image.  Made by ``pyerofs.aio.open``; for one event loop.
@@ -197,7 +194,7 @@ class AsyncImage:
             source = self._sources[e.device].blocking
             if source is not None and not e.window:  # one trip to a thread for both
                 return await trio.to_thread.run_sync(
-                    self.read_and_decode, source, pcluster, limiter=self._decoders
+                    self._read_and_decode, source, pcluster, limiter=self._decoders
                 )
             encoded = await self.call(memory.encoded, pcluster)
         except Fault:
@@ -208,8 +205,7 @@ class AsyncImage:
             memory.decode, pcluster, encoded, limiter=self._decoders
         )
 
-    def read_and_decode(self, source: Source, pcluster: Pcluster) -> bytes:
-        """Read and decode a pcluster, and keep it.  For worker threads: blocks."""
+    def _read_and_decode(self, source: Source, pcluster: Pcluster) -> bytes:
         encoded = source.read_at(pcluster.address, pcluster.size)
         return self.memory.decode(pcluster, encoded)
 
@@ -220,8 +216,7 @@ class AsyncImage:
         found out without waiting, what is too much for now, and what decodes faster than a thread
         is told to do it are left out; errors are kept for whoever reads there.
 
-        ``sink``, where given, hears of the range's pclusters: of each that was decoded, and of those
-        left out because they are cheap."""
+        ``sink``, where given, is told of each pcluster of the range that is decoded."""
         try:
             found = self._map(inode, offset, length)
         except (Fault, ErofsError):
@@ -232,11 +227,9 @@ class AsyncImage:
             if extent.kind != ENCODED:
                 continue
             pcluster = data.pcluster(self.volume, inode, extent)
-            if pcluster.device < 0 or (source := self._sources[pcluster.device].blocking) is None:
+            if cheap(pcluster) or pcluster.device < 0:
                 continue
-            if cheap(pcluster):
-                if sink is not None:
-                    sink.cheap(extent, pcluster, source)
+            if self._sources[pcluster.device].blocking is None:
                 continue
             if (known := self.memory.pclusters.get(pcluster[:5])) is not None:
                 if sink is not None:
@@ -268,7 +261,7 @@ class AsyncImage:
                 source = self._sources[pcluster.device].blocking
                 assert source is not None
                 try:
-                    flight.result = self.read_and_decode(source, pcluster)
+                    flight.result = self._read_and_decode(source, pcluster)
                 except ErofsError:
                     continue  # the reader that gets there will see it
 

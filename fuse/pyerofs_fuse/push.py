@@ -2,27 +2,24 @@
 
 ``notify_store`` puts data into the kernel's page cache.  It waits for a page that a READ under way has
 locked, so it must never run where READs are answered, nor in the threads that decode for them; in
-this one it may wait as long as it likes.  Nor may a READ wait for this thread: what it decodes it
-decodes for itself.  Everything here is best effort: what does not fit into the queue is dropped, and
-errors (a corrupt pcluster, an unmount) end nothing but one push.
+this one it may wait as long as it likes.  Everything here is best effort: what does not fit into the
+queue is dropped, and errors (an unmount, say) end nothing but one push.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
 
 import pyfuse3
 
-from pyerofs.errors import ErofsError
 from pyerofs.sources.base import Buffer
 
 MAX_QUEUED = 256  # pieces: some MiB, of which most are in the cache of decoded data anyway
 MAX_PARTIAL = 64  # pages of which only a part has come yet
 PAGE = 4096
 
-Job = tuple[int, int, int, Callable[[], Buffer]]  # node, offset, file size, where the data is from
+Job = tuple[int, int, int, memoryview]  # node, offset, file size, data
 
 
 class Pusher:
@@ -34,17 +31,16 @@ class Pusher:
         self._stopping = False
         self._partial: dict[tuple[int, int], list[Buffer | int]] = {}
 
-    def push(self, node: int, offset: int, size: int, get: Callable[[], Buffer]) -> bool:
-        """Store what ``get()``, called in the thread, returns, at ``offset`` of a node whose file
-        has ``size`` bytes.  Pages are stored once all of them is known: pieces need not be aligned.
-        False if there is too much to do already."""
+    def push(self, node: int, offset: int, size: int, data: memoryview) -> bool:
+        """Store ``data`` at ``offset`` of a node whose file has ``size`` bytes.  A page is stored
+        once all of it is known: pieces need not be aligned.  False if there is too much to do."""
         if self._stopping:
             return False
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="pusher", daemon=True)
             self._thread.start()
         try:
-            self._queue.put_nowait((node, offset, size, get))
+            self._queue.put_nowait((node, offset, size, data))
         except queue.Full:
             return False
         return True
@@ -66,11 +62,10 @@ class Pusher:
         while (job := self._queue.get()) is not None:
             if self._stopping:
                 continue
-            node, offset, size, get = job
             try:
-                self._store(node, offset, size, memoryview(get()))
-            except (OSError, ErofsError):
-                pass  # the kernel has let go of the inode or the mount; or a READ will tell
+                self._store(*job)
+            except OSError:
+                pass  # the kernel has let go of the inode, or of the mount
 
     def _store(self, node: int, offset: int, size: int, data: memoryview) -> None:
         end = offset + len(data)

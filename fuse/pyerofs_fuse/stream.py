@@ -1,19 +1,15 @@
 """Files as the mount reads them: what a reader will want next goes to the kernel by itself.
 
-After a random read, that is the rest of the pcluster which had to be decoded for it.  For a sequential
-reader it is the next few MiB: the decoding threads' results, or, where decoding is so cheap that
-these are not asked, what the pushing thread decodes for itself.
+After a random read, that is the rest of the pcluster which had to be decoded for it; for a sequential
+reader, what the worker threads decode ahead of it.  (Where decoding is so cheap that they are not
+asked, as with LZ4, a thread that decoded and pushed was slower than the READs it avoided.)
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 from pyerofs.aio import AsyncFile, AsyncImage
 from pyerofs.data import pcluster
-from pyerofs.memory import Pcluster
 from pyerofs.model import ENCODED, Extent, Inode
-from pyerofs.sources.base import Buffer, Source
 from pyerofs_fuse.push import Pusher
 
 MAX_PUSHED = 1 << 15  # extents remembered as pushed; forgetting one costs a copy, nothing else
@@ -55,19 +51,6 @@ class StreamedFile(AsyncFile):
         if self._streamer.first_time(self._node, extent):
             self._push(extent.start, memoryview(found)[: extent.length])
 
-    def cheap(self, extent: Extent, pcluster: Pcluster, source: Source) -> None:
-        if not self._streamer.first_time(self._node, extent):
-            return
-        get = partial(self._get, extent, pcluster, source)
-        self._streamer.pusher.push(self._node, extent.start, self.inode.size, get)
-
-    def _get(self, extent: Extent, pcluster: Pcluster, source: Source) -> Buffer:
-        """In the pushing thread: an extent's data."""
-        found = self.image.memory.pclusters.get(pcluster[:5])
-        if found is None or len(found) < extent.length:
-            found = self.image.read_and_decode(source, pcluster)
-        return memoryview(found)[: extent.length]
-
     def push_rest(self, start: int, end: int) -> None:
         """After a random read of ``[start, end)``, push the rest of the pcluster it lies in."""
         zmap = self.inode.zmap
@@ -89,4 +72,4 @@ class StreamedFile(AsyncFile):
                 self._push(end, view[end - extent.start : extent.length])
 
     def _push(self, offset: int, what: memoryview) -> None:
-        self._streamer.pusher.push(self._node, offset, self.inode.size, lambda: what)
+        self._streamer.pusher.push(self._node, offset, self.inode.size, what)
