@@ -216,7 +216,9 @@ class Report:
         against = [s for s in self.against if s in shown]
         lines = [["", "", "unit", *shown, *(f"vs {s}" for s in against)]]
         before = ""
-        for (subject, what, unit), row in self.rows.items():
+        subjects = list(dict.fromkeys(subject for subject, _, _ in self.rows))
+        rows = sorted(self.rows.items(), key=lambda row: subjects.index(row[0][0]))
+        for (subject, what, unit), row in rows:
             medians = {s: statistics.median(values) for s, values in row.items()}
             line = [subject if subject != before else "", what, unit]
             line += [number(medians[s]) if s in medians else "-" for s in shown]

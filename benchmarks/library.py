@@ -81,7 +81,7 @@ def whole_file(report: Report, name: str, path: Path) -> None:
             raise SystemExit(f"{name}: the bare codec gives another size")
         add(WHOLE, CODEC, lambda: b"".join([call() for call in calls]))
         add(PIECES, CODEC, lambda: deque((call() for call in calls), maxlen=0))
-        del calls
+    calls.clear()
     with pyerofs.open(path) as image:  # anew: with nothing in its cache
         add(WHOLE, PYEROFS, lambda: image.read("/big"))
     with pyerofs.open(path) as image, image.open("/big") as file:

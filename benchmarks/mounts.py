@@ -54,8 +54,8 @@ class Probes:
     def __init__(self) -> None:
         self._size = -1
 
-    def read(self, what: str, m: Mount, add: Add, work: Callable[[], int]) -> float:
-        """Time ``work``, which returns how many bytes it read; returns the seconds."""
+    def read(self, what: str, m: Mount, add: Add, work: Callable[[], int]) -> None:
+        """Time ``work``, which returns how many bytes it read, and look at the daemon."""
         before = m.cpu()
         found: list[int] = []
         seconds = timed(lambda: found.append(work()))
@@ -67,7 +67,6 @@ class Probes:
             add(f"{what}: daemon CPU", "s", after - before)
         if m.system.name != CEILING and (peak := m.peak()):  # the ceiling's says nothing
             add(f"{what}: daemon peak memory", "MiB", peak)
-        return seconds
 
 
 class Tree(Probes):
@@ -84,8 +83,7 @@ class Tree(Probes):
         add("walk + lstat, again", "s", timed(walk, m.path))
 
     def _files(self, m: Mount, add: Add) -> None:
-        what = "walk + read every file"
-        add(what, "s", self.read(what, m, add, lambda: read_files(walk(m.path))))
+        self.read("walk + read every file", m, add, lambda: read_files(walk(m.path)))
 
     def _processes(self, count: int, m: Mount, add: Add) -> None:
         paths = [str(m.path / name) for name in self._sample]
@@ -102,7 +100,11 @@ class Tree(Probes):
         if any(worker.exitcode for worker in workers):
             raise SystemExit(f"{m.system.name}: a reader failed")
         size = sum(self._sample.values())
-        add(f"{count} reading different files", "MB/s", size / seconds / 1e6)
+        add(
+            f"{count} process{'es' if count > 1 else ''} reading files",
+            "MB/s",
+            size / seconds / 1e6,
+        )
 
 
 class Big(Probes):

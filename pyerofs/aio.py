@@ -111,7 +111,10 @@ class AsyncImage:
         self._nursery = nursery
         self._batches = 0
         self.ahead = min(AHEAD, cache_size // 8)
-        self.local = all(s.blocking is not None for s in sources)  # reads take microseconds
+        self.local = all(s.blocking is not None for s in sources)
+        self.alone: Callable[[], bool] = lambda: False
+        """Whether nobody else wants anything of this event loop just now.  A front-end that knows
+        may say so: then a read from a quick disk is waited for in place."""
         self.memory = FaultingMemory(
             [s.peek for s in sources],
             [s.size for s in sources],
@@ -169,6 +172,8 @@ class AsyncImage:
 
     async def _fetch(self, device: int, offset: int, length: int) -> Buffer:
         source = self._sources[device]
+        if source.blocking is not None and source.quick and self.alone():
+            return source.blocking.read_at(offset, length)
         return await self._once(
             (device, offset, length), lambda: source.read_at(offset, length), lambda _: True
         )
@@ -191,12 +196,15 @@ class AsyncImage:
         try:
             encoded = memory.encoded(pcluster)
         except NotResident as e:
-            source = self._sources[e.device].blocking
-            if source is not None and not e.window:  # one trip to a thread for both
+            source = self._sources[e.device]
+            if source.blocking is None or e.window:
+                encoded = await self.call(memory.encoded, pcluster)
+            elif source.quick and self.alone():
+                encoded = source.blocking.read_at(pcluster.address, pcluster.size)
+            else:  # one trip to a thread for both
                 return await trio.to_thread.run_sync(
-                    self._read_and_decode, source, pcluster, limiter=self._decoders
+                    self._read_and_decode, source.blocking, pcluster, limiter=self._decoders
                 )
-            encoded = await self.call(memory.encoded, pcluster)
         except Fault:
             encoded = await self.call(memory.encoded, pcluster)
         if cheap(pcluster):

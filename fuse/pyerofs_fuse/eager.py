@@ -28,12 +28,14 @@ class _Lowlevel:
     def __init__(self, busy: Callable[[], bool]) -> None:
         self._busy = busy
         self._row = 0
+        self.fd = -1  # what was waited for last
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel, name)
 
     async def wait_readable(self, fd: int) -> None:
         """Return once ``fd`` is readable.  A checkpoint only if that takes a while."""
+        self.fd = fd
         self._row += 1
         if self._row < IN_A_ROW and fd < SELECT_LIMIT:
             moment = 0.0 if self._busy() else MOMENT
@@ -53,7 +55,15 @@ class _Trio:
         return getattr(trio, name)
 
 
-def enable(busy: Callable[[], bool]) -> None:
+def enable(busy: Callable[[], bool]) -> Callable[[], bool]:
     """Make pyfuse3 wait eagerly from now on, except while ``busy()``: other tasks then wait for
-    something that trio has to tell them."""
-    pyfuse3.trio = _Trio(busy)  # type: ignore[attr-defined]
+    something that trio has to tell them.  Returns a function that tells whether no request waits to
+    be received."""
+    replacement = _Trio(busy)
+    pyfuse3.trio = replacement  # type: ignore[attr-defined]
+
+    def idle() -> bool:
+        fd = replacement.lowlevel.fd
+        return 0 <= fd < SELECT_LIMIT and not select.select([fd], (), (), 0)[0]
+
+    return idle

@@ -40,7 +40,8 @@ async def serve(options: Options, report: Report) -> None:
         ) as image:
             operations = Operations(image, shared=options.shared)
             mount(operations, options)
-            eager.enable(lambda: operations.waiting)
+            idle = eager.enable(lambda: operations.waiting > 0)
+            image.alone = lambda: operations.waiting <= 1 and idle()
             gc.collect()
             gc.freeze()  # what start-up made stays; no need to look at it again and again
             try:

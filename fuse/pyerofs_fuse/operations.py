@@ -167,9 +167,9 @@ class Operations(pyfuse3.Operations):
         await trio.to_thread.run_sync(self._streamer.pusher.stop, GRACE)
 
     @property
-    def waiting(self) -> bool:
-        """Whether some operation waits for a thread or the network."""
-        return bool(self._waiting)
+    def waiting(self) -> int:
+        """How many operations wait for a thread or the network (or are about to)."""
+        return len(self._waiting)
 
     def report(self, e: ErofsError) -> None:
         """Log an error, but only the first one about an inode."""

@@ -58,6 +58,11 @@ class AsyncSource(Protocol):
     def blocking(self) -> Source | None:
         """The same bytes for worker threads, where that costs nothing; else None."""
 
+    @property
+    def quick(self) -> bool:
+        """Whether ``blocking`` has lately answered in so little time that an event loop which has
+        nothing else to do may as well wait for it."""
+
     async def read_at(self, offset: int, length: int) -> Buffer:
         """Exactly ``length`` bytes.  A checkpoint; raises SourceError; cancellable."""
 

@@ -2,30 +2,60 @@
 
 from __future__ import annotations
 
+import time
+
 import trio
 
 from pyerofs.sources.base import Buffer, Source
 
 MAX_THREADS = 16  # disks like a queue; more would only cost memory
+QUICK = 300e-6  # seconds: an SSD's answer; going through a thread costs a third of that
 
 
 class ThreadedSource:
     """An AsyncSource over a Source, which it owns."""
 
     def __init__(self, source: Source) -> None:
-        self.blocking: Source | None = source
-        self._source = source
-        self._limiter = trio.CapacityLimiter(MAX_THREADS)
         self.name = source.name
         self.size = source.size
         self.peek = source.peek
+        self.blocking: Source | None = _Timed(source)
+        self._source = source
+        self._timed = self.blocking
+        self._limiter = trio.CapacityLimiter(MAX_THREADS)
+
+    @property
+    def quick(self) -> bool:
+        return self._timed.latency < QUICK
 
     async def read_at(self, offset: int, length: int) -> Buffer:
         """Read in a worker thread.  When cancelled, the thread is left to finish on its own."""
         return await trio.to_thread.run_sync(
-            self._source.read_at, offset, length, abandon_on_cancel=True, limiter=self._limiter
+            self._timed.read_at, offset, length, abandon_on_cancel=True, limiter=self._limiter
         )
 
     async def aclose(self) -> None:
         """Close the source.  Not a checkpoint."""
         self._source.close()
+
+
+class _Timed:
+    """A source that keeps an eye on how long its reads take."""
+
+    def __init__(self, source: Source) -> None:
+        self.name = source.name
+        self.size = source.size
+        self.peek = source.peek
+        self.close = source.close
+        self.latency = 10 * QUICK  # a moving average; slow until proven otherwise
+        self._source = source
+
+    def read_at(self, offset: int, length: int) -> Buffer:
+        start = time.perf_counter()
+        found = self._source.read_at(offset, length)
+        taken = time.perf_counter() - start
+        if taken > self.latency:
+            self.latency = taken  # one slow answer is enough to be careful again
+        else:
+            self.latency += (taken - self.latency) / 4
+        return found

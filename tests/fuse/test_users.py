@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import signal
 import stat
 import subprocess
 import tempfile
@@ -164,12 +163,6 @@ class TestWithoutRoot:
         shutil.copy(IMAGES / "plain.erofs", image)
         with mounted(image, place, **as_user(NOBODY)):
             assert [line.source for line in mounts_at(place)] == [str(image)]
-
-    def test_auto_unmount(self, image: Path, place: Path) -> None:
-        with mounted(image, place, "-o", "auto_unmount", **as_user(NOBODY)):
-            for pid in daemons(place):
-                os.kill(pid, signal.SIGKILL)
-            assert wait_until(lambda: not is_mounted(place))
 
     def test_a_mount_point_of_somebody_else(self, image: Path, place: Path) -> None:
         os.chown(place, 0, 0)

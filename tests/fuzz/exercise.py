@@ -148,7 +148,8 @@ class _Reader:
             stat = self.image.stat(inode)
             if not 0 <= stat.st_ino < 1 << 64:
                 raise Violation(f"inode number {stat.st_ino} of nid {inode.nid}")
-            stat.st_mtime, stat.st_blocks  # noqa: B018
+            if not -1 << 63 <= stat.st_mtime_ns // 1_000_000_000 < 1 << 63:
+                raise Violation(f"time of nid {inode.nid} does not fit a stat")
         with self.attempt("xattrs"):
             found = self.image.xattrs(inode)
             for name, value in islice(found.items(), 20):

@@ -1,0 +1,388 @@
+"""From the command line to the end of the daemon."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import pyerofs
+from tests.fuse.mounting import (
+    COMMAND,
+    PATIENCE,
+    cleaned,
+    daemons,
+    foreground,
+    is_mounted,
+    mounted,
+    mounts_at,
+    run,
+    unmount,
+    wait_until,
+)
+from tests.manifests import IMAGES, differences, entries_below, golden, without_trusted
+
+PLAIN = IMAGES / "plain.erofs"
+OFFSET = golden("offset")
+TAR = golden("tar-index")
+SOON = 4.0  # seconds: twice what a signal may take
+
+
+def shows_plain(where: Path) -> bool:
+    """Whether it is the image that most tests mount."""
+    return (where / "deep0" / "deep1").is_dir() and len(os.listdir(where / "many")) == 41
+
+
+# --- it works -------------------------------------------------------------------------------
+
+
+def test_returns_when_the_mount_is_live(where: Path) -> None:
+    for _ in range(5):
+        done = run(PLAIN, where)
+        assert shows_plain(where)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert len(daemons(where)) == 1
+        unmount(where)
+
+
+def test_what_the_system_is_told(where: Path) -> None:
+    with mounted(PLAIN, where):
+        (line,) = mounts_at(where)
+    assert (line.source, line.kind) == (str(PLAIN), "fuse.pyerofs-fuse")
+    assert {"ro", "nosuid", "nodev", f"user_id={os.getuid()}"} <= set(line.options)
+
+
+def test_relative_paths(where: Path) -> None:
+    with mounted(PLAIN, where):
+        pass
+    image, here = os.path.relpath(PLAIN, where.parent), where.name
+    done = run(image, here, cwd=where.parent)
+    try:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert shows_plain(where)
+        assert mounts_at(where)[0].source == str(PLAIN)
+    finally:
+        unmount(where)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [f"--offset={OFFSET.offset}"],
+        ["--offset", f"{OFFSET.offset:#x}"],
+        ["-o", f"offset={OFFSET.offset}"],
+        [f"-ooffset={OFFSET.offset},ro"],
+        ["-o", f"nosuid,offset={OFFSET.offset}", "-s", "--dbglevel=0", "--cache-size=1M"],
+    ],
+    ids=" ".join,
+)
+def test_an_image_at_an_offset(options: list[str], where: Path) -> None:
+    with mounted(OFFSET.image, where, *options):
+        assert (where / "many").is_dir()
+
+
+def test_options_may_come_last(where: Path) -> None:
+    assert run(OFFSET.image, where, "-o", f"offset={OFFSET.offset}").returncode == 0
+    assert (where / "many").is_dir()
+
+
+@pytest.mark.parametrize("form", ["--device={}", "-odevice={}", "--device {}", "-o ro,device={}"])
+def test_an_image_with_a_device(form: str, where: Path) -> None:
+    options = form.format(TAR.devices[0]).split(" ", 1)
+    with mounted(TAR.image, where, *options):
+        assert (where / "text").read_bytes() == pyerofs_reads(TAR.image, "text", TAR.devices)
+
+
+def pyerofs_reads(image: Path, path: str, devices: tuple[Path, ...] = ()) -> bytes:
+    """What the library finds in a file."""
+    with pyerofs.open(image, devices=devices) as opened:
+        return opened.read(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ("fsname=my image", ("my image", "fuse.pyerofs-fuse")),
+        ("subtype=erofs", (str(PLAIN), "fuse.erofs")),
+    ],
+)
+def test_a_name_of_ones_own(options: str, shown: tuple[str, str], where: Path) -> None:
+    with mounted(PLAIN, where, "-o", options):
+        assert [(line.source, line.kind) for line in mounts_at(where)] == [shown]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mount(8) needs root")
+@pytest.mark.skipif(shutil.which("mount.fuse") is None, reason="no mount.fuse")
+def test_mounting_with_mount(where: Path) -> None:
+    path = f"{COMMAND.parent}:{os.environ['PATH']}"
+    options = f"defaults,offset={OFFSET.offset},nodev,x-systemd.automount"
+    subprocess.run(
+        ["mount", "-t", "fuse.pyerofs-fuse", "-o", options, OFFSET.image, where],
+        check=True, timeout=30, env=os.environ | {"PATH": path},
+    )  # fmt: skip
+    assert (where / "many").is_dir()
+    assert [(line.source, line.kind) for line in mounts_at(where)] == [
+        (str(OFFSET.image), "fuse.pyerofs-fuse")
+    ]
+    subprocess.run(["umount", where], check=True, timeout=30)
+    assert wait_until(lambda: not daemons(where))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b",
+        "a,b",
+        "a\\b",
+        "a,b\\,c",
+        "tab\tand\nnewline",
+        "a#b",
+        "übel-日本",
+        "\udcff\udcfe",
+        "a=b:c",
+    ],
+    ids=lambda name: name.encode("utf-8", "backslashreplace").decode(),
+)
+def test_awkward_names(name: str, where: Path, tmp_path: Path) -> None:
+    image = tmp_path / name
+    shutil.copy(PLAIN, image)
+    with mounted(image, where):
+        assert [line.source for line in mounts_at(where)] == [str(image)]
+    with mounted(PLAIN, tmp_path / f"mnt {name}") as there:
+        assert shows_plain(there)
+
+
+def test_many_mounts_at_once(tmp_path: Path) -> None:
+    same = mounted(PLAIN, tmp_path / "one"), mounted(PLAIN, tmp_path / "two")
+    with same[0] as one, same[1] as two, mounted(OFFSET, tmp_path / "three") as three:
+        assert shows_plain(one)
+        assert shows_plain(two)
+        assert not shows_plain(three)
+        unmount(one)
+        assert shows_plain(two)
+        assert (three / "many").is_dir()
+
+
+def test_closed_standard_streams(where: Path) -> None:
+    """As some supervisors start daemons: the files that it opens get the numbers 0 to 2."""
+    closed = 'exec "$0" "$@" <&- >&- 2>&-'
+    subprocess.run(["sh", "-c", closed, COMMAND, PLAIN, where], check=True, timeout=30)
+    expected = golden("plain") if os.geteuid() == 0 else without_trusted(golden("plain"))
+    assert differences(expected, entries_below(where)) == []
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help(word: str) -> None:
+    done = run(word)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: pyerofs-fuse")
+
+
+@pytest.mark.parametrize("word", ["--version", "-V"])
+def test_version(word: str) -> None:
+    done = run(word)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"pyerofs-fuse {pyerofs.__version__}\n"
+
+
+# --- it ends --------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="umount(8) needs root")
+def test_umount_ends_the_daemon(where: Path) -> None:
+    with mounted(PLAIN, where):
+        subprocess.run(["umount", where], check=True, timeout=30)
+        assert wait_until(lambda: not daemons(where))
+
+
+def test_fusermount_ends_the_daemon(where: Path) -> None:
+    with mounted(PLAIN, where):
+        unmount(where)
+        assert wait_until(lambda: not daemons(where))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_daemon(number: signal.Signals, where: Path) -> None:
+    with mounted(PLAIN, where):
+        (pid,) = daemons(where)
+        os.kill(pid, number)
+        assert wait_until(lambda: not daemons(where), SOON)
+        assert not is_mounted(where)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_in_the_foreground(number: signal.Signals, where: Path) -> None:
+    with foreground(PLAIN, where=where) as process:
+        assert shows_plain(where)
+        process.send_signal(number)
+        assert process.communicate(timeout=SOON) == ("", "")
+        assert process.returncode == 0
+        assert not is_mounted(where)
+
+
+def test_unmounting_ends_it_in_the_foreground(where: Path) -> None:
+    with foreground(PLAIN, where=where) as process:
+        unmount(where)
+        assert process.communicate(timeout=PATIENCE) == ("", "")
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_while_it_is_in_use(number: signal.Signals, where: Path) -> None:
+    with (
+        foreground(PLAIN, where=where) as process,
+        (where / "text").open("rb", buffering=0) as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ),
+        os.scandir(where / "many"),
+    ):
+        assert file.read(10)
+        process.send_signal(number)
+        assert process.wait(SOON) == 0
+        assert not is_mounted(where)
+
+
+def test_two_signals_do_no_harm(where: Path) -> None:
+    with foreground(PLAIN, where=where) as process:
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=SOON)[1] == ""
+        assert not is_mounted(where)
+
+
+def test_what_a_killed_daemon_leaves_behind(where: Path) -> None:
+    with mounted(PLAIN, where):
+        for pid in daemons(where):
+            os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: not daemons(where))
+        assert is_mounted(where)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+            os.listdir(where)
+        done = run(PLAIN, where)
+        assert_refused(done)
+        assert f"fusermount3 -u {where}" in done.stderr
+        unmount(where)
+        assert not is_mounted(where)
+        assert run(PLAIN, where).returncode == 0
+        assert shows_plain(where)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="fusermount3 looks with root's eyes")
+def test_auto_unmount(where: Path) -> None:
+    with mounted(PLAIN, where, "-o", "auto_unmount"):
+        for pid in daemons(where):
+            os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: not is_mounted(where))
+
+
+# --- it refuses -----------------------------------------------------------------------------
+
+
+def assert_refused(done: subprocess.CompletedProcess[str]) -> None:
+    """One line on stderr, and exit status 1."""
+    assert re.fullmatch(r"pyerofs-fuse: [^\n]+\n", done.stderr)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+@pytest.fixture(params=["background", "foreground"])
+def mode(request: pytest.FixtureRequest) -> list[str]:
+    """Options: the two ways in which it runs report in different ways."""
+    return ["-f"] if request.param == "foreground" else []
+
+
+class TestRefuses:
+    @pytest.mark.parametrize(
+        ("words", "reason"),
+        [
+            ([], "needs an image and a mount point"),
+            ([PLAIN], "needs an image and a mount point"),
+            ([PLAIN, "{where}", "more"], "more"),
+            (["--unknown", PLAIN, "{where}"], "--unknown"),
+            (["-x", PLAIN, "{where}"], "-x"),
+            (["-o", "unknown", PLAIN, "{where}"], "unknown"),
+            (["-o", "ro,unknown=1", PLAIN, "{where}"], "unknown=1"),
+            ([PLAIN, "{where}", "-o"], "-o needs a value"),
+            (["--offset=some", PLAIN, "{where}"], "offset=some"),
+            (["--offset=-512", PLAIN, "{where}"], "offset=-512"),
+            (["--offset=999999999", PLAIN, "{where}"], "999999999"),
+            (["--offset=512", PLAIN, "{where}"], "plain.erofs"),
+            (["-o", "offset=", PLAIN, "{where}"], "offset"),
+            (["--cache-size=much", PLAIN, "{where}"], "much"),
+            (["--device=/missing", TAR.image, "{where}"], "/missing"),
+            (["--device=/dev/null", TAR.image, "{where}"], "/dev/null"),
+            ([*["--device", TAR.devices[0]] * 2, TAR.image, "{where}"], "2"),
+            ([f"--device={PLAIN}", PLAIN, "{where}"], "device"),
+            (["/missing.erofs", "{where}"], "/missing.erofs: No such file or directory"),
+            (["/dev/null", "{where}"], "/dev/null"),
+            ([IMAGES, "{where}"], "directory"),
+            ([__file__, "{where}"], "test_lifecycle.py"),
+            ([PLAIN, "{where}/missing"], "missing: No such file or directory"),
+            ([PLAIN, __file__], "not a directory"),
+            (["", "{where}"], ""),
+        ],
+        ids=lambda value: " ".join(map(os.path.basename, value)) if isinstance(value, list) else "",
+    )
+    def test_what_makes_no_sense(
+        self, words: list[str | Path], reason: str, mode: list[str], where: Path
+    ) -> None:
+        done = run(*mode, *(str(word).format(where=where) for word in words))
+        assert_refused(done)
+        assert reason in done.stderr
+        assert not is_mounted(where)
+        assert wait_until(lambda: not daemons(where))
+
+    @pytest.mark.parametrize(
+        ("damage", "reason"),
+        [
+            (lambda image: image.truncate(0), ""),
+            (lambda image: image.truncate(1024), ""),
+            (lambda image: image.truncate(1100), ""),
+            (lambda image: (image.seek(1024), image.write(b"\0")), "magic"),
+            (lambda image: (image.seek(1024 + 64), image.write(b"other")), "checksum"),
+            (lambda image: (image.seek(3000), image.write(b"other")), "checksum"),
+        ],
+    )
+    def test_damaged_images(
+        self, damage: object, reason: str, mode: list[str], where: Path, tmp_path: Path
+    ) -> None:
+        image = tmp_path / "damaged.erofs"
+        shutil.copy(PLAIN, image)
+        with image.open("r+b") as file:
+            assert callable(damage)
+            damage(file)
+        done = run(*mode, image, where)
+        assert_refused(done)
+        assert reason in done.stderr
+        assert not is_mounted(where)
+        assert wait_until(lambda: not daemons(where))
+
+    def test_an_image_that_is_no_file(self, mode: list[str], where: Path, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "fifo")
+        assert_refused(run(*mode, tmp_path / "fifo", where))
+
+    @pytest.mark.parametrize("name", ["two\nlines", "\udcff", "ü"], ids=ascii)
+    def test_awkward_names(self, name: str, mode: list[str], where: Path, tmp_path: Path) -> None:
+        assert_refused(run(*mode, tmp_path / name, where))
+        assert_refused(run(*mode, PLAIN, tmp_path / name))
+
+    def test_an_empty_mount_point(self, mode: list[str], where: Path) -> None:
+        """As ``"$UNSET"`` gives it: by no means the working directory."""
+        try:
+            assert_refused(run(*mode, PLAIN, "", cwd=where))
+        finally:
+            if is_mounted(where):
+                unmount(where)
+
+    def test_a_mount_point_in_use_by_itself(self, mode: list[str], where: Path) -> None:
+        """Mounting over a mount is what mount(8) allows as well."""
+        with mounted(PLAIN, where), cleaned(where):
+            assert run(OFFSET.image, where, "-o", f"offset={OFFSET.offset}").returncode == 0
+            assert not shows_plain(where)
+            unmount(where)
+            assert shows_plain(where)
