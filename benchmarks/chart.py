@@ -1,4 +1,4 @@
-"""Charts of cost against size, as plain SVG: panels side by side, both axes logarithmic."""
+"""Charts of cost against size, as plain SVG: panels in rows of three, both axes logarithmic."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ Series = dict[str, list[tuple[float, float]]]  # of each system: (size, cost)
 
 COLORS = ("#888888", "#d95f02", "#1f6fb4", "#2a9d4a")
 WIDTH, HEIGHT = 250, 190  # of a panel's plot area
-LEFT, TOP, RIGHT, BOTTOM = 52, 62, 22, 44
+LEFT, TOP, RIGHT, BOTTOM = 52, 22, 22, 48  # around it
+HEAD = 40
+ACROSS = 3
 UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def draw(title: str, panels: Sequence[tuple[str, str, Series]]) -> str:
     """``panels``: (what is measured, what the x axis counts, the series)."""
-    width = len(panels) * (LEFT + WIDTH + RIGHT)
-    height = TOP + HEIGHT + BOTTOM
+    width = ACROSS * (LEFT + WIDTH + RIGHT)
+    height = HEAD + -(-len(panels) // ACROSS) * (TOP + HEIGHT + BOTTOM)
     names = list(dict.fromkeys(name for _, _, series in panels for name in series))
     colors = dict(zip(names, COLORS, strict=False))
     out = [
@@ -32,11 +34,16 @@ def draw(title: str, panels: Sequence[tuple[str, str, Series]]) -> str:
         out.append(_text(x + 19, 32, name))
         x += 34 + 7 * len(name)
     for i, (what, counts, series) in enumerate(panels):
-        out += _panel(LEFT + i * (LEFT + WIDTH + RIGHT), what, counts, series, colors)
+        row, column = divmod(i, ACROSS)
+        left = column * (LEFT + WIDTH + RIGHT) + LEFT
+        top = row * (TOP + HEIGHT + BOTTOM) + HEAD + TOP
+        out += _panel(left, top, what, counts, series, colors)
     return "\n".join([*out, "</svg>\n"])
 
 
-def _panel(left: int, what: str, counts: str, series: Series, colors: dict[str, str]) -> list[str]:
+def _panel(
+    left: int, top: int, what: str, counts: str, series: Series, colors: dict[str, str]
+) -> list[str]:
     points = [point for line in series.values() for point in line]
     xs = _decades([x for x, _ in points])
     ys = _decades([y for _, y in points])
@@ -45,18 +52,18 @@ def _panel(left: int, what: str, counts: str, series: Series, colors: dict[str, 
         return left + WIDTH * (math.log10(x) - xs[0]) / (xs[-1] - xs[0])
 
     def up(y: float) -> float:
-        return TOP + HEIGHT * (1 - (math.log10(y) - ys[0]) / (ys[-1] - ys[0]))
+        return top + HEIGHT * (1 - (math.log10(y) - ys[0]) / (ys[-1] - ys[0]))
 
-    out = [_text(left, TOP - 10, what, weight="bold")]
+    out = [_text(left, top - 10, what, weight="bold")]
     for decade in ys:
         y = up(10**decade)
         out.append(_line(left, y, left + WIDTH, y))
         out.append(_text(left - 6, y + 4, _label(10**decade), anchor="end"))
     for decade in xs:
         x = across(10**decade)
-        out.append(_line(x, TOP, x, TOP + HEIGHT))
-        out.append(_text(x, TOP + HEIGHT + 15, _label(10**decade), anchor="middle"))
-    out.append(_text(left + WIDTH / 2, TOP + HEIGHT + 33, counts, anchor="middle"))
+        out.append(_line(x, top, x, top + HEIGHT))
+        out.append(_text(x, top + HEIGHT + 15, _label(10**decade), anchor="middle"))
+    out.append(_text(left + WIDTH / 2, top + HEIGHT + 33, counts, anchor="middle"))
     for name, line in series.items():
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line)
         color = colors[name]
@@ -68,9 +75,9 @@ def _panel(left: int, what: str, counts: str, series: Series, colors: dict[str, 
 
 
 def _decades(values: list[float]) -> range:
-    """The powers of ten around some positive values."""
-    low = math.floor(math.log10(min(values)) + 1e-9)
-    high = math.ceil(math.log10(max(values)) - 1e-9)
+    """The powers of ten around some positive values; 10 GiB may count as 10 GB."""
+    low = math.floor(math.log10(min(values)) + 0.05)
+    high = math.ceil(math.log10(max(values)) - 0.05)
     return range(low, max(high, low + 1) + 1)
 
 

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -70,6 +70,12 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -
 def say(text: str) -> None:
     """Tell how it goes, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def skip(why: str) -> NoReturn:
+    """End a benchmark that can't be run here; that is no failure."""
+    say(f"skipped: {why}")
+    sys.exit(0)
 
 
 # --- programs ---------------------------------------------------------------------------------
@@ -235,6 +241,8 @@ class Report:
 
     def finish(self, args: argparse.Namespace) -> None:
         """Print and save."""
+        if not self.rows:
+            skip("nothing could be measured")
         rounds = max((len(v) for row in self.rows.values() for v in row.values()), default=0)
         text = f"### {self.title}\n\n{self.table()}\n"
         if self.against:

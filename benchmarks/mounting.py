@@ -83,10 +83,7 @@ class Ceiling:
         self._ready = True
         self._process.stdin.write(f"{where}\n")
         self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer.strip():
-            raise CannotMount("the ceiling did not mount")
-        self._pids[where] = int(answer)
+        self._pids[where] = int(self._process.stdout.readline() or 0)
 
     def daemon(self, where: Path) -> int | None:
         return self._pids.get(where)
@@ -142,10 +139,12 @@ class Mount:
         try:
             self.system.mount(self._image, self.path)
             os.listdir(self.path)
+            self.first_ls = time.perf_counter() - start
+            if not self.path.is_mount():
+                raise CannotMount("nothing is mounted, though nothing was said")
         except BaseException:
             self._clean()
             raise
-        self.first_ls = time.perf_counter() - start
         self._pid = self.system.daemon(self.path)
         return self
 

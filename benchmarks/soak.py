@@ -13,7 +13,7 @@ import random
 import statistics
 import time
 
-from common import Report, drop_caches, options, parse, say
+from common import Report, drop_caches, options, parse, say, skip
 from images import Images
 from mounting import PYEROFS, CannotMount, Mount, commands, walk
 
@@ -60,7 +60,7 @@ def main() -> None:
     images = Images(args, report).all("tree", ("zstd",))
     system = next((s for s in commands(report) if s.name == args.system), None)
     if not images or system is None:
-        parser.exit(1, "nothing to watch\n")
+        skip("nothing to watch")
     try:
         with Mount(system, images["tree-zstd"]) as m:
             paths = walk(m.path)
@@ -77,7 +77,7 @@ def main() -> None:
             samples.append((passed, m.memory()))
             peak = m.peak()
     except CannotMount as e:
-        parser.exit(1, f"{args.system}: {e}\n")
+        skip(f"{args.system}: {e}")
     facts = [
         ("reads", "1/s", done / samples[-1][0]),
         ("memory after the first walk", "MiB", samples[0][1]),

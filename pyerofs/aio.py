@@ -19,7 +19,7 @@ import trio
 
 from pyerofs import data, directory, superblock, tree
 from pyerofs import inode as inodes
-from pyerofs.errors import ErofsError, NotADirectory
+from pyerofs.errors import ErofsError, NotADirectory, NotFound, TooManySymlinks
 from pyerofs.extent import extents
 from pyerofs.image import Openable, Target
 from pyerofs.memory import (
@@ -63,11 +63,17 @@ async def open(
     The arguments and errors are those of ``pyerofs.open``."""
     opened = [ThreadedSource(s) for s in open_sources(what, offset, devices)]
     try:
+        failed: BaseException | None = None
         async with trio.open_nursery() as nursery:
-            image = AsyncImage(opened, nursery, cache_size)
-            await image.start()
-            yield image
+            try:
+                image = AsyncImage(opened, nursery, cache_size)
+                await image.start()
+                yield image
+            except BaseException as e:
+                failed = e  # raised below, where the nursery does not make a group of it
             nursery.cancel_scope.cancel()
+        if failed is not None:
+            raise failed
     finally:
         with trio.CancelScope(shield=True):
             for source in opened:
@@ -112,9 +118,6 @@ class AsyncImage:
         self._batches = 0
         self.ahead = min(AHEAD, cache_size // 8)
         self.local = all(s.blocking is not None for s in sources)
-        self.alone: Callable[[], bool] = lambda: False
-        """Whether nobody else wants anything of this event loop just now.  A front-end that knows
-        may say so: then a read from a quick disk is waited for in place."""
         self.memory = FaultingMemory(
             [s.peek for s in sources],
             [s.size for s in sources],
@@ -172,7 +175,7 @@ class AsyncImage:
 
     async def _fetch(self, device: int, offset: int, length: int) -> Buffer:
         source = self._sources[device]
-        if source.blocking is not None and source.quick and self.alone():
+        if source.blocking is not None and source.quick and self.memory.alone():
             return source.blocking.read_at(offset, length)
         return await self._once(
             (device, offset, length), lambda: source.read_at(offset, length), lambda _: True
@@ -197,17 +200,17 @@ class AsyncImage:
             encoded = memory.encoded(pcluster)
         except NotResident as e:
             source = self._sources[e.device]
-            if source.blocking is None or e.window:
+            if e.window:
                 encoded = await self.call(memory.encoded, pcluster)
-            elif source.quick and self.alone():
-                encoded = source.blocking.read_at(pcluster.address, pcluster.size)
+            elif source.blocking is None or (source.quick and memory.alone()):
+                encoded = await self._fetch(e.device, e.offset, e.length)
             else:  # one trip to a thread for both
                 return await trio.to_thread.run_sync(
                     self._read_and_decode, source.blocking, pcluster, limiter=self._decoders
                 )
         except Fault:
             encoded = await self.call(memory.encoded, pcluster)
-        if cheap(pcluster):
+        if memory.decodes_here(pcluster):
             return memory.decode(pcluster, encoded)
         return await trio.to_thread.run_sync(
             memory.decode, pcluster, encoded, limiter=self._decoders
@@ -330,7 +333,7 @@ class AsyncImage:
         """Whether there is anything at a path (False for dangling links)."""
         try:
             await self.lookup(path, follow_symlinks=follow_symlinks)
-        except (FileNotFoundError, NotADirectoryError):
+        except (NotFound, NotADirectory, TooManySymlinks):
             return False
         return True
 

@@ -44,9 +44,9 @@ def piece(vol: Volume, inode: Inode, extent: Extent, skip: int, length: int) -> 
         if not skip and length == len(decoded):
             return decoded
         return memoryview(decoded)[skip : skip + length]
-    if kind == PLAIN:
+    if kind == PLAIN and inode.is_file and inode is not vol.packed:
         return vol.memory.raw(extent.device, extent.address + skip, length)
-    if kind == META:
+    if kind in (META, PLAIN):  # what directories and links hold is metadata: it is kept
         buffer, pos = vol.memory.at(extent.device, extent.address + skip, length)
         return memoryview(buffer)[pos : pos + length]
     if kind == HOLE:

@@ -48,6 +48,16 @@ class CorruptImage(ErofsError):
             where.append(f"offset {offset:#x}")
         super().__init__(f"corrupt image: {what}" + (f" ({', '.join(where)})" if where else ""))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _corrupt_image, (type(self), self.what, self.offset, self.nid)
+
+
+def _corrupt_image(
+    kind: type[CorruptImage], what: str, offset: int | None, nid: int | None
+) -> CorruptImage:
+    """Unpickles a CorruptImage."""
+    return kind(what, offset=offset, nid=nid)
+
 
 class UnsupportedFeature(ErofsError):
     """The image needs a feature that this version of pyerofs does not know; the message names it."""

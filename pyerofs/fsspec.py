@@ -7,14 +7,24 @@ an open binary file; chained URLs work too: ``erofs://etc/os-release::https://ho
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import fsspec
 from fsspec.archive import AbstractArchiveFileSystem
 
 from pyerofs import image, tree
-from pyerofs.image import DirEntry
+from pyerofs.image import BUFFER_SIZE, DirEntry, ErofsFile
 from pyerofs.model import Inode
+
+
+class _File(io.BufferedReader):
+    """A file as fsspec wants it: with its size."""
+
+    def __init__(self, raw: ErofsFile) -> None:
+        tree.require_file(raw.inode, raw.inode)
+        super().__init__(raw, BUFFER_SIZE)
+        self.size = raw.inode.size
 
 
 class ErofsFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
@@ -96,7 +106,8 @@ class ErofsFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         if mode != "rb":
             raise ValueError(f"images are read-only: mode {mode!r}")
-        return self._image.open(self._strip_protocol(path))
+        inode = self._image.lookup(self._strip_protocol(path))
+        return _File(ErofsFile(self._image, inode))
 
     def cat_file(
         self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any

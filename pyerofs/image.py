@@ -13,7 +13,7 @@ from typing import BinaryIO, TypeAlias
 
 from pyerofs import data, extent, superblock, tree
 from pyerofs import inode as inodes
-from pyerofs.errors import NotADirectory
+from pyerofs.errors import NotADirectory, NotFound, TooManySymlinks
 from pyerofs.memory import DEFAULT_CACHE_SIZE, BlockingMemory
 from pyerofs.model import Dirent, Extent, Inode
 from pyerofs.sources.base import Source
@@ -139,7 +139,7 @@ class Image:
         """Whether there is anything at a path (False for dangling links)."""
         try:
             self.lookup(path, follow_symlinks=follow_symlinks)
-        except (FileNotFoundError, NotADirectoryError):
+        except (NotFound, NotADirectory, TooManySymlinks):
             return False
         return True
 
@@ -171,7 +171,7 @@ class Image:
         parent = "" if isinstance(path, Inode) else tree.decode(tree.encode(path))
         inode = self.lookup(path)
         if not inode.is_dir:
-            raise NotADirectory(parent)
+            raise NotADirectory(tree.shown(inode, path))
         return (DirEntry(self, parent, e) for e in tree.entries(self.volume, inode))
 
     def listdir(self, path: Target = "/") -> list[str]:

@@ -28,7 +28,7 @@ class Path:
 
     def __init__(self, image: Image, path: str = "/") -> None:
         self.image = image
-        self._path = "/" + path.strip("/") if path.strip("/") else "/"
+        self._path = "/" + "/".join(p for p in path.split("/") if p not in ("", "."))
 
     # the path itself --------------------------------------------------------------------
 

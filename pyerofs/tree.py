@@ -110,7 +110,7 @@ def resolve(vol: Volume, path: bytes, follow: bool = True) -> Inode:
             if len(known) >= MAX_KNOWN:
                 known.clear()
             known[here.nid, name] = child
-        if child.is_symlink and (follow or any(todo)):
+        if child.is_symlink and (follow or todo):
             links += 1
             if links > MAX_SYMLINKS:
                 raise TooManySymlinks(path)

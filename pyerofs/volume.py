@@ -61,7 +61,13 @@ class Volume:
                 raise ErofsError(
                     f"nid {nid} lies on extra device {device}, which was not given (use --device)"
                 )
-            return 0, address + (slot.uniaddr << self.sb.block_bits)
+            mapped = address + (slot.uniaddr << self.sb.block_bits)
+            if mapped >= self.memory.sizes[0]:
+                raise ErofsError(
+                    f"nid {nid} lies on extra device {device}, which was neither given (use"
+                    " --device) nor appended to the image"
+                )
+            return 0, mapped
         if self.extra_devices:
             block = address >> self.sb.block_bits
             for number, slot in enumerate(self.sb.devices, 1):

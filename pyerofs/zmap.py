@@ -159,7 +159,8 @@ def index_range(vol: Volume, inode: Inode) -> tuple[int, int]:
     z = inode.zmap or header(vol, inode)
     start = (inode.data + 7) & ~7
     if z.last is not None and z.last.kind == FRAGMENT and not z.last.start:
-        return start, start + 8  # no index: the whole file is a fragment
+        # the whole file is a fragment; mkfs leaves an index that is not used in the inode's slot
+        return start, (start + 8 + 31) & ~31
     if z.record_size > 8:
         return start, z.base + z.extents * z.record_size
     if z.record_size:

@@ -111,11 +111,11 @@ def inode(
     icount = (len(xattrs) - 8) // 4 if xattrs else 0
     if extended:
         record = ondisk.INODE_EXTENDED.pack(
-            i_format, icount, mode, high or 0, size, u, 0, 1000, 70000, EPOCH - 1, 5, nlink
+            i_format, icount, mode, high or 0, size, u, 1000, 70000, EPOCH - 1, 5, nlink
         )
     else:
         nb = nlink if high is None else high
-        record = ondisk.INODE_COMPACT.pack(i_format, icount, mode, nb, size, 7, u, 0, 1, 2, 0)
+        record = ondisk.INODE_COMPACT.pack(i_format, icount, mode, nb, size, 7, u, 1, 2)
     front = record + xattrs
     return front + bytes(-len(front) % align) + body
 

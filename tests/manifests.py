@@ -129,7 +129,7 @@ def entry(
 
 def entries_below(top: Path) -> Entries:
     """The entries of a tree in the file system: of a mount, or of what was extracted."""
-    return {os.path.relpath(path, top): _entry_at(path) for path in _paths(os.fspath(top))}
+    return {os.path.relpath(path, top): entry_at(path) for path in _paths(os.fspath(top))}
 
 
 def _paths(top: str) -> Iterator[str]:
@@ -142,7 +142,8 @@ def _paths(top: str) -> Iterator[str]:
             yield os.path.join(directory, name)
 
 
-def _entry_at(path: str) -> Entry:
+def entry_at(path: str) -> Entry:
+    """The entry of one file in the file system."""
     status = os.lstat(path)
     return entry(
         status,

@@ -41,7 +41,7 @@ async def serve(options: Options, report: Report) -> None:
             operations = Operations(image, shared=options.shared)
             mount(operations, options)
             idle = eager.enable(lambda: operations.waiting > 0)
-            image.alone = lambda: operations.waiting <= 1 and idle()
+            image.memory.alone = lambda: operations.waiting <= 1 and idle()
             gc.collect()
             gc.freeze()  # what start-up made stays; no need to look at it again and again
             try:

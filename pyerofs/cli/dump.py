@@ -51,13 +51,21 @@ def account(image: Image) -> Iterator[Region]:
     """All regions of the primary device by their start, gaps included."""
     size = image.volume.memory.sizes[0]
     at = 0
-    for region in _merge(sorted(_claims(image))):
+    for region in _merge(sorted(_within(r, size) for r in _claims(image))):
         if region.start > at:
             yield from _gap(image, at, region.start)
         yield region
         at = max(at, region.end)
     if at < size:
         yield from _gap(image, at, size)
+
+
+def _within(region: Region, size: int) -> Region:
+    """A region, or the error that it is to claim what the image does not have."""
+    if region.end <= size:
+        return region
+    detail = f"{region.detail}: {region.what} reaches beyond the end, to {region.end:#x}"
+    return Region(min(region.start, size), size, "error", detail)
 
 
 def _merge(regions: list[Region]) -> Iterator[Region]:
@@ -82,13 +90,27 @@ def _shared(region: Region, users: int) -> Region:
 
 
 def _gap(image: Image, start: int, end: int) -> Iterator[Region]:
+    """What nothing claims: zeros are padding, else the rest of a block is slack."""
     zero = True
     for at in range(start, end, 1 << 20):
         piece = bytes(image.volume.memory.raw(0, at, min(1 << 20, end - at)))
         if piece.strip(b"\0"):
             zero = False
             break
-    yield Region(start, end, "padding" if zero else "unaccounted")
+    if zero:
+        yield Region(start, end, "padding")
+        return
+    # what mkfs had in its buffer may be left in the rest of a block
+    block = image.superblock.block_size
+    slack = min(-start % block, end - start)
+    if slack:
+        yield Region(start, start + slack, "slack")
+    if start + slack == end:
+        return
+    if slack:
+        yield from _gap(image, start + slack, end)
+    else:
+        yield Region(start, end, "unaccounted")
 
 
 def _claims(image: Image) -> Iterator[Region]:

@@ -112,7 +112,8 @@ class Extractor:
         self.failures = 0
         self.skipped: Counter[str] = Counter()
         self._first: dict[int, bytes] = {}  # nid of a file with several links -> its first path
-        self._links: list[tuple[bytes, bytes]] = []
+        self._made: dict[int, bytes] = {}  # and the path at which it was really created
+        self._links: list[tuple[bytes, Inode]] = []
         self._directories: list[tuple[bytes, Inode]] = []
 
     def run(self, paths: list[bytes]) -> None:
@@ -122,13 +123,13 @@ class Extractor:
             self._slots = threading.Semaphore(MAX_BATCHES)
             self._futures: list[Future[None]] = []
             if not paths:
-                self._walk(Directory(os.dup(self._root), b""), self._image.root)
+                self._walk(b"", self._image.root)
             for path in paths:
                 self._one(path)
             for future in self._futures:
                 future.result()
-        for source, target in self._links:
-            self._try(target, self._link, source, target)
+        for path, inode in self._links:
+            self._try(path, self._link, path, inode)
         for path, inode in reversed(self._directories):
             self._try(path, self._finish_directory, path, inode)
 
@@ -149,61 +150,81 @@ class Extractor:
         names = [n for n in path.split(b"/") if n not in (b"", b".")]
         if b".." in names:
             raise ErofsError(f"{os.fsdecode(path)}: '..' can't be extracted")
-        here = Directory(os.dup(self._root), b"")
-        for name in names[:-1]:
-            here = self._enter(here, name)
-        if inode.is_dir:
-            self._walk(self._enter(here, names[-1]) if names else here, inode)
-        else:
-            self._submit(here, [(names[-1], inode)])
-            here.release()
-
-    def _enter(self, parent: Directory, name: bytes) -> Directory:
-        """Make (or find) a directory in another, which is released.  Never follows a link."""
-        try:
-            try:
-                os.mkdir(name, 0o700, dir_fd=parent.fd)
-            except FileExistsError:
-                pass  # a real directory will do; anything else fails to open as one
-            fd = os.open(name, _DIRECTORY, dir_fd=parent.fd)
-            return Directory(fd, parent.path + name + b"/")
-        finally:
+        *parents, name = names or [b""]
+        for i in range(len(parents)):
+            parent = Directory(self._open(b"/".join(parents[:i])), b"")
+            self._make(parent.fd, parents[i])
             parent.release()
+        base = b"".join(p + b"/" for p in parents)
+        here = Directory(self._open(base), base)
+        if not inode.is_dir:
+            self._submit(here, [(name, inode)])
+        elif name:
+            self._make(here.fd, name)
+        here.release()
+        if inode.is_dir:
+            self._walk(base + name + b"/" if name else b"", inode)
 
-    def _walk(self, top: Directory, inode: Inode) -> None:
-        stack: list[tuple[Directory, Inode, frozenset[int]]] = [(top, inode, frozenset())]
+    def _make(self, parent: int, name: bytes) -> bool:
+        """Make a directory in another; one that exists will do, if it is no link to one."""
+        try:
+            os.mkdir(name, 0o700, dir_fd=parent)
+        except FileExistsError:
+            os.close(os.open(name, _DIRECTORY, dir_fd=parent))
+        return True
+
+    def _open(self, path: bytes) -> int:
+        """Open a directory below the target directory, never through a link."""
+        fd = os.dup(self._root)
+        for name in path.split(b"/"):
+            if name:
+                try:
+                    deeper = os.open(name, _DIRECTORY, dir_fd=fd)
+                finally:
+                    os.close(fd)
+                fd = deeper
+        return fd
+
+    def _walk(self, top: bytes, inode: Inode) -> None:
+        stack: list[tuple[bytes, Inode, frozenset[int]]] = [(top, inode, frozenset())]
         while stack:
-            here, inode, above = stack.pop()
-            self._directories.append((here.path, inode))
+            path, inode, above = stack.pop()
+            fd = self._try(path, self._open, path)
+            if fd is None:
+                continue
+            here = Directory(fd, path)
+            self._directories.append((path, inode))
             self._progress.advance()
-            batch: list[Job] = []
-            size = 0
             try:
                 if inode.nid in above or len(above) >= tree.MAX_DEPTH:
                     raise ErofsError(f"directory inside itself: nid {inode.nid}")
-                for entry in tree.entries(self._vol, inode):
-                    child = self._load(here.path + entry.name, entry.nid)
-                    if child is None:
-                        continue
-                    if child.is_dir:
-                        path = here.path + entry.name
-                        here.keep()
-                        opened = self._try(path, self._enter, here, entry.name)
-                        if opened is not None:
-                            stack.append((opened, child, above | {inode.nid}))
-                        continue
-                    batch.append((entry.name, child))
-                    size += child.size
-                    if len(batch) >= BATCH_FILES or size >= BATCH_BYTES:
-                        self._submit(here, batch)
-                        batch, size = [], 0
+                below = above | {inode.nid}
+                stack += [(p, child, below) for p, child in self._entries(here, inode)]
             except ErofsError as e:
-                self._fail(here.path, e)
-            self._submit(here, batch)
+                self._fail(path, e)
             here.release()
 
-    def _load(self, path: bytes, nid: int) -> Inode | None:
-        return self._try(path, self._image.inode, nid)
+    def _entries(self, here: Directory, inode: Inode) -> list[Job]:
+        """Extract the files of a directory; make its subdirectories, and return them."""
+        found: list[Job] = []
+        batch: list[Job] = []
+        size = 0
+        for entry in tree.entries(self._vol, inode):
+            path = here.path + entry.name
+            child = self._try(path, self._image.inode, entry.nid)
+            if child is None:
+                continue
+            if child.is_dir:
+                if self._try(path, self._make, here.fd, entry.name):
+                    found.append((path + b"/", child))
+                continue
+            batch.append((entry.name, child))
+            size += child.size
+            if len(batch) >= BATCH_FILES or size >= BATCH_BYTES:
+                self._submit(here, batch)
+                batch, size = [], 0
+        self._submit(here, batch)
+        return found
 
     def _submit(self, here: Directory, batch: list[Job]) -> None:
         """Give files of one directory to a thread; later names of the same file become links."""
@@ -212,7 +233,7 @@ class Extractor:
             if inode.nlink > 1:
                 first = self._first.setdefault(inode.nid, here.path + name)
                 if first != here.path + name:
-                    self._links.append((first, here.path + name))
+                    self._links.append((here.path + name, inode))
                     continue
             todo.append((name, inode))
         if todo:
@@ -234,10 +255,7 @@ class Extractor:
 
     def _create(self, parent: int, name: bytes, inode: Inode) -> None:
         if self._overwrite:
-            try:
-                os.unlink(name, dir_fd=parent)
-            except FileNotFoundError:
-                pass
+            self._unlink(parent, name)
         if inode.is_file:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             fd = os.open(name, flags, 0o600, dir_fd=parent)
@@ -250,6 +268,8 @@ class Extractor:
                 self._finish(fd, inode)
             finally:
                 os.close(fd)
+            if inode.nlink > 1:
+                self._made[inode.nid] = self._first[inode.nid]
             return
         if inode.is_symlink:
             os.symlink(tree.link_target(self._vol, inode), name, dir_fd=parent)
@@ -260,6 +280,8 @@ class Extractor:
                 self._skip("devices")
                 return
         self._finish_at(parent, name, inode)
+        if inode.nlink > 1:
+            self._made[inode.nid] = self._first[inode.nid]
 
     def _write(self, fd: int, inode: Inode) -> None:
         """The file's data; holes stay holes."""
@@ -287,12 +309,13 @@ class Extractor:
             os.ftruncate(fd, inode.size)
 
     def _finish(self, fd: int, inode: Inode) -> None:
-        """Owner, then mode (changing owners clears set-id bits), then xattrs, then times."""
+        """Owner first, which clears set-id bits and capabilities; then xattrs, which may need the
+        permission to write; then mode and times."""
         mode = stat.S_IMODE(inode.mode)
         if not self._own(inode, fd):
             mode &= ~(stat.S_ISUID | stat.S_ISGID)
-        os.fchmod(fd, mode)
         self._set_xattrs(inode, fd, follow=True)
+        os.fchmod(fd, mode)
         os.utime(fd, ns=(inode.mtime_ns, inode.mtime_ns))
 
     def _finish_at(self, parent: int, name: bytes, inode: Inode) -> None:
@@ -302,15 +325,15 @@ class Extractor:
                 os.chown(name, inode.uid, inode.gid, dir_fd=parent, follow_symlinks=False)
             except PermissionError:
                 self._skip("owners")
+        self._set_xattrs(inode, b"/proc/self/fd/%d/%s" % (parent, name), follow=False)
         if not inode.is_symlink:
             # a name that we have just made ourselves: nothing to follow
             os.chmod(name, stat.S_IMODE(inode.mode), dir_fd=parent)
-        self._set_xattrs(inode, b"/proc/self/fd/%d/%s" % (parent, name), follow=False)
         times = (inode.mtime_ns, inode.mtime_ns)
         os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
 
     def _finish_directory(self, path: bytes, inode: Inode) -> None:
-        fd = os.open(path or b".", _DIRECTORY, dir_fd=self._root)
+        fd = self._open(path)
         try:
             self._finish(fd, inode)
         finally:
@@ -339,13 +362,34 @@ class Extractor:
                     raise
                 self._skip("xattrs")
 
-    def _link(self, source: bytes, target: bytes) -> None:
-        if self._overwrite:
+    def _link(self, path: bytes, inode: Inode) -> None:
+        """A further name of a file; its first, if that could not be created where it came first."""
+        base, _, name = path.rpartition(b"/")
+        parent = self._open(base)
+        try:
+            made = self._made.get(inode.nid)
+            if made is None:
+                self._first[inode.nid] = path
+                self._create(parent, name, inode)
+                return
+            if self._overwrite:
+                self._unlink(parent, name)
+            first_base, _, first = made.rpartition(b"/")
+            first_parent = self._open(first_base)
             try:
-                os.unlink(target, dir_fd=self._root)
-            except FileNotFoundError:
-                pass
-        os.link(source, target, src_dir_fd=self._root, dst_dir_fd=self._root, follow_symlinks=False)
+                os.link(
+                    first, name, src_dir_fd=first_parent, dst_dir_fd=parent, follow_symlinks=False
+                )
+            finally:
+                os.close(first_parent)
+        finally:
+            os.close(parent)
+
+    def _unlink(self, parent: int, name: bytes) -> None:
+        try:
+            os.unlink(name, dir_fd=parent)
+        except FileNotFoundError:
+            pass
 
     # accounting -------------------------------------------------------------------------
 

@@ -89,6 +89,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(words: list[str]) -> argparse.Namespace:
+    """Parse the command line; options and paths of a verb may come in any order."""
+    parser = build_parser()
+    verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    if not words or words[0] not in verbs:
+        return parser.parse_args(words)
+    args: argparse.Namespace = verbs[words[0]].parse_intermixed_args(words[1:])
+    args.verb = words[0]
+    return args
+
+
 def _number(text: str) -> int:
     value = int(text, 0)
     if value < 0:
@@ -110,10 +121,10 @@ def run() -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    args = build_parser().parse_args(words)
+    args = _parse(sys.argv[1:] if words is None else list(words))
     for stream in (sys.stdout, sys.stderr):  # names that are not UTF-8 come out as they are
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="surrogateescape")
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     module = importlib.import_module(f"pyerofs.cli.{_MODULES.get(args.verb, args.verb)}")
     try:
         status: int = getattr(module, args.verb)(args)

@@ -7,7 +7,6 @@ float, can't carry binary attribute values in a way other tools read, and is ten
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import stat
 import sys
@@ -30,10 +29,8 @@ def tar(args: argparse.Namespace) -> int:
     """Write the stream; exit status 1 if sockets, which tar can't hold, had to be left out."""
     with open_image(args) as image:
         if args.output is None:
-            out: BinaryIO = io.BufferedWriter(
-                io.FileIO(os.dup(sys.stdout.fileno()), "wb"), buffer_size=PIECE
-            )
-            return _write(image, args, out)
+            with open(os.dup(sys.stdout.fileno()), "wb", buffering=PIECE) as stdout:
+                return _write(image, args, stdout)
         temporary = f"{args.output}.partial"
         try:
             with open(temporary, "wb", buffering=PIECE) as file:
@@ -103,7 +100,8 @@ class TarWriter:
         records = self._records(name, target, size, inode)
         if kind != b"1" and self._xattrs and inode.xattr_size:
             records += [
-                (b"SCHILY.xattr." + key, value) for key, value in xattr.items(self._vol, inode)
+                (b"SCHILY.xattr." + _escaped(key), value)
+                for key, value in xattr.items(self._vol, inode)
             ]
         if records:
             body = b"".join(_record(key, value) for key, value in records)
@@ -156,6 +154,11 @@ _TYPES = {
     stat.S_IFDIR: b"5",
     stat.S_IFIFO: b"6",
 }
+
+
+def _escaped(key: bytes) -> bytes:
+    """The name of an attribute in a record's key, which ends at its first ``=``: as GNU tar does."""
+    return key.replace(b"%", b"%25").replace(b"=", b"%3D")
 
 
 def _pax_time(inode: Inode) -> bytes:

@@ -70,9 +70,14 @@ class AsyncSource(Protocol):
         """Release what is held.  Idempotent."""
 
 
+def within(size: int, offset: int, length: int) -> bool:
+    """Whether ``[offset, offset + length)`` lies within ``size`` bytes."""
+    return offset >= 0 and length >= 0 and offset + length <= size
+
+
 def check_range(name: str, size: int, offset: int, length: int) -> None:
-    """Raise TruncatedRead unless ``[offset, offset + length)`` lies within ``size`` bytes."""
-    if offset < 0 or length < 0 or offset + length > size:
+    """Raise TruncatedRead unless a range lies within ``size`` bytes."""
+    if not within(size, offset, length):
         raise TruncatedRead(
             f"{name}: bytes {offset}..{offset + length} asked for, but it ends at {size}"
         )

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-from pyerofs.sources.base import Buffer, Source, check_range
+from pyerofs.sources.base import Buffer, Source, check_range, within
 
 
 class ConcatSource:
@@ -30,7 +30,7 @@ class ConcatSource:
             i += 1
 
     def peek(self, offset: int, length: int) -> Buffer | None:
-        if offset + length > self.size:
+        if not within(self.size, offset, length):
             return None
         found = []
         for part, at, n in self._pieces(offset, length):

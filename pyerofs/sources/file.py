@@ -14,7 +14,7 @@ import threading
 from typing import BinaryIO
 
 from pyerofs.errors import SourceError, TruncatedRead
-from pyerofs.sources.base import Buffer, check_range
+from pyerofs.sources.base import Buffer, check_range, within
 
 RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
 
@@ -55,7 +55,7 @@ class FileSource:
 
     def peek(self, offset: int, length: int) -> Buffer | None:
         """Bytes that the kernel has cached; None otherwise or where it can't tell."""
-        if self._nowait is None or offset + length > self.size:
+        if self._nowait is None or not within(self.size, offset, length):
             return None
         buffer = bytearray(length)
         try:
@@ -64,23 +64,11 @@ class FileSource:
             return None
         except OSError as e:
             if e.errno == errno.EOPNOTSUPP:
-                # tmpfs can't do RWF_NOWAIT; its pages are memory, so a plain read does not block
-                self._nowait = 0
-                return self.peek(offset, length) if self._on_tmpfs() else None
+                # tmpfs can't do RWF_NOWAIT; but its pages are memory, a plain read does not block
+                self._nowait = 0 if _in_memory(self._fd) else None
+                return self.peek(offset, length)
             return None
         return buffer if n == length else None
-
-    def _on_tmpfs(self) -> bool:
-        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
-            self._nowait = None
-            return False
-        try:  # tmpfs and ramfs have no device behind them
-            major = os.major(os.fstat(self._fd).st_dev)
-        except OSError:
-            major = -1
-        if major != 0:
-            self._nowait = None
-        return major == 0
 
     def read_at(self, offset: int, length: int) -> Buffer:
         check_range(self.name, self.size, offset, length)
@@ -104,17 +92,35 @@ class FileSource:
         self.close()
 
 
+def _in_memory(fd: int) -> bool:
+    """Whether a descriptor's file system keeps its files in memory."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        return False
+    device = status.st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", "rb") as f:
+            for line in f:
+                mount, _, fs = line.decode("utf-8", "replace").partition(" - ")
+                if mount.split()[2] == wanted:
+                    return fs.split()[0] in ("tmpfs", "ramfs")
+    except OSError:
+        pass
+    return False
+
+
 class FileObjectSource:
     """A seekable binary file object; reads take turns under a lock.  The object is not closed."""
 
     def __init__(self, fileobj: BinaryIO) -> None:
         self._file = fileobj
         self._lock = threading.Lock()
-        self.name = str(getattr(fileobj, "name", repr(fileobj)))
+        self.name = str(getattr(fileobj, "name", "") or type(fileobj).__name__)
         try:
             self.size = fileobj.seek(0, os.SEEK_END)
-        except (OSError, ValueError) as e:
-            raise SourceError(f"{self.name}: not seekable: {e}") from None
+        except Exception as e:  # whatever the object raises: zlib.error, LZMAError ...
+            raise SourceError(f"{self.name}: can't find its end: {e}") from None
 
     def peek(self, offset: int, length: int) -> Buffer | None:
         return None
@@ -127,8 +133,8 @@ class FileObjectSource:
                 data = self._file.read(length)
                 while len(data) < length and (more := self._file.read(length - len(data))):
                     data += more
-        except (OSError, ValueError, EOFError) as e:
-            raise SourceError(f"{self.name}: read at {offset}: {e}") from None
+        except Exception as e:  # whatever the object raises: zlib.error, LZMAError ...
+            raise SourceError(f"{self.name}: read at {offset}: {e or type(e).__name__}") from None
         if len(data) < length:
             raise TruncatedRead(f"{self.name}: ended at {offset + len(data)}")
         return data

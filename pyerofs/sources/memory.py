@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyerofs.sources.base import Buffer, check_range
+from pyerofs.sources.base import Buffer, check_range, within
 
 
 class MemorySource:
@@ -14,7 +14,7 @@ class MemorySource:
         self.size = len(self._data)
 
     def peek(self, offset: int, length: int) -> Buffer | None:
-        return self._data[offset : offset + length] if offset + length <= self.size else None
+        return self._data[offset : offset + length] if within(self.size, offset, length) else None
 
     def read_at(self, offset: int, length: int) -> Buffer:
         check_range(self.name, self.size, offset, length)

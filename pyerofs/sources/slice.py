@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyerofs.errors import SourceError
-from pyerofs.sources.base import Buffer, Source, check_range
+from pyerofs.sources.base import Buffer, Source, check_range, within
 
 
 class SliceSource:
@@ -19,7 +19,7 @@ class SliceSource:
         check_range(inner.name, inner.size, offset, self.size)
 
     def peek(self, offset: int, length: int) -> Buffer | None:
-        if offset + length > self.size:
+        if not within(self.size, offset, length):
             return None
         return self._inner.peek(self._offset + offset, length)
 

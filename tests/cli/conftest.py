@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -57,7 +56,7 @@ def run(capfdbinary: pytest.CaptureFixture[bytes]) -> Run:
         except SystemExit as e:  # argparse
             status = e.code if isinstance(e.code, int) else 1
         out, err = capfdbinary.readouterr()
-        return Done(status, out, err.decode())
+        return Done(status, out, err.decode("utf-8", "surrogateescape"))
 
     return call
 
@@ -67,11 +66,13 @@ def run_process() -> RunProcess:
     """Run ``python -m pyerofs WORD …`` in a process of its own; ``under``: words before that."""
 
     def call(*words: object, under: list[str] | None = None, **options: Any) -> Done:
-        done = subprocess.run(
-            [*(under or []), sys.executable, "-m", "pyerofs", *map(os.fspath, map(str, words))],
-            stderr=subprocess.PIPE,
-            **{"stdout": subprocess.PIPE, "cwd": ROOT} | options,
+        settings: dict[str, Any] = {"stdout": subprocess.PIPE, "cwd": ROOT} | options
+        command = [*(under or []), sys.executable, "-m", "pyerofs", *map(str, words)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, check=False, **settings)
+        return Done(
+            done.returncode,
+            done.stdout or b"",
+            done.stderr.decode("utf-8", "surrogateescape"),
         )
-        return Done(done.returncode, done.stdout or b"", done.stderr.decode())
 
     return call

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import stat
+from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Run, RunProcess
+from tests.cli.conftest import Done, Run, RunProcess
 from tests.helpers import every_image, words
 from tests.manifests import Manifest, golden
 
@@ -36,17 +37,13 @@ def test_through_a_link(run: Run) -> None:
     [
         ("many", "is a directory"),
         ("fifo", "not a regular file"),
-        ("missing", "no such file"),
-        ("dangling", "no such file"),
+        ("missing", "no such file or directory in the image"),
+        ("dangling", "no such file or directory in the image"),
         ("text/x", "not a directory"),
     ],
 )
 def test_what_has_no_data(run: Run, path: str, message: str) -> None:
-    done = run("cat", *PLAIN, path)
-    assert (done.status, done.out) == (1, b"")
-    assert done.err == f"pyerofs: {message}{' in the image' * ('such' in message)}: '{path}'\n" or (
-        message in done.err and path in done.err
-    )
+    assert run("cat", *PLAIN, path) == Done(1, b"", f"pyerofs: {message}: '{path}'\n")
 
 
 def test_what_comes_before_an_error_is_written(run_process: RunProcess) -> None:
@@ -56,17 +53,15 @@ def test_what_comes_before_an_error_is_written(run_process: RunProcess) -> None:
     assert "missing" in done.err
 
 
-def test_corrupt_data(run: Run, tmp_path: object) -> None:
+def test_corrupt_data(run: Run, tmp_path: Path) -> None:
     want = golden("zstd-C128k")
-    (extent,) = run("stat", "--json", *words(want), "text").json[0]["extents"]
+    (row,) = run("stat", "--json", *words(want), "text").json
+    (extent,) = row["extents"]
     data = bytearray(want.image.read_bytes())
-    data[extent["address"] :][:0] = b""
     at = extent["address"]
     data[at : at + extent["encoded"]] = b"\xff" * extent["encoded"]
-    broken = f"{tmp_path}/broken"
-    with open(broken, "wb") as file:
-        file.write(data)
-    done = run("cat", broken, "text")
+    (tmp_path / "image").write_bytes(data)
+    done = run("cat", tmp_path / "image", "text")
     assert (done.status, done.out) == (1, b"")
     assert done.err.startswith("pyerofs: corrupt image: pcluster: zstd")
     assert f"offset {at:#x}" in done.err

@@ -154,7 +154,7 @@ def test_holes_stay_holes(run: Run, name: str, tmp_path: Path) -> None:
     assert run("extract", *words(want), "sparse", "-C", tmp_path).status == 0
     status = (tmp_path / "sparse").stat()
     assert status.st_size == want.entries["sparse"]["size"]
-    assert 0 < holes
+    assert holes > 0
     assert status.st_blocks * 512 <= status.st_size - holes + 8192
 
 
@@ -349,7 +349,7 @@ def test_a_full_disk(run: Run, tmp_path: Path) -> None:
     """No half a file, and a message."""
     small = tmp_path / "small"
     small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", small]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("can't mount a tmpfs")
     try:
@@ -443,7 +443,7 @@ def test_dots_are_never_created(
 def test_a_real_image_with_another_name_in_it(
     run: Run, tmp_path: Path, outside: Path, evil: bytes
 ) -> None:
-    data = golden("plain").image.read_bytes()
+    data = golden("nosbcrc").image.read_bytes()
     assert data.count(b"size-1size") == 1
     image = data.replace(b"size-1size", evil + b"size")
     done = run("extract", save(tmp_path / "image", image), "-C", tmp_path / "out")
@@ -458,7 +458,6 @@ def test_a_link_and_a_directory_of_the_same_name(
     run: Run, tmp_path: Path, outside: Path, link_first: bool, options: list[str]
 ) -> None:
     """The image itself makes the link that its directory would be written through."""
-    os.chdir(tmp_path)
     entries = (
         {b"xa": (4, LINK), b"xb": (6, DIR)} if link_first else {b"xa": (6, DIR), b"xb": (4, LINK)}
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 from tests.fuzz import atlas
@@ -71,7 +72,7 @@ def main() -> None:
             print(f"{way}: {subject.name}, checksum {'fitted' if sealed else 'as it was'}")
             print("\n".join(patch.what for patch in patches))
         return
-    import atheris  # only here: it is no dependency of the tests
+    atheris = import_module("atheris")  # only here: it is no dependency of the tests
 
     for name in atlas.names():
         atlas.subject(name)

@@ -264,7 +264,8 @@ class _Survey:
             yield from self._field(f"{label}.{name}", device, offset + at, size, nid)
 
     def _superblock(self) -> Iterator[Field]:
-        base, names = ondisk.SUPER_OFFSET, ondisk.SuperBlock._fields
+        base = ondisk.SUPER_OFFSET
+        names: tuple[str, ...] = ondisk.SuperBlock._fields
         yield from self._record("superblock", ondisk.SUPERBLOCK, names, 0, base, 0)
         raw = ondisk.SuperBlock._make(ondisk.SUPERBLOCK.unpack_from(self.vol.memory.bytes_at(
             0, base, ondisk.SUPERBLOCK.size

@@ -11,6 +11,7 @@ from pyerofs import ondisk
 from tests import handmade as hm
 
 BLOCK = 512
+DATA = 200  # first block of data
 CONFIGS = {
     ondisk.ALG_LZ4: ondisk.LZ4_CFGS.pack(65535, 16),
     ondisk.ALG_DEFLATE: ondisk.DEFLATE_CFGS.pack(15),
@@ -40,27 +41,34 @@ def _deflate(data: bytes) -> bytes:
 def records() -> bytes:
     """Extent records of all four sizes: two pclusters, stored bytes and a hole in each file; and a
     file that is two pclusters many times."""
-    pieces: list[bytes] = []
-    stored = hm.noise(BLOCK)
-    found = {}
+    stored = bytearray()
+    files = {}
+
+    def store(stream: bytes) -> int:
+        """Add a pcluster; returns its address."""
+        stored.extend(stream)
+        return DATA * BLOCK + len(stored) - len(stream)
+
     for size in (4, 8, 16, 32):
         step = BLOCK if size <= 8 else 3000  # shorter records are about one lcluster each
-        streams = [_lz4(hm.text(step, seed=size)), _deflate(hm.text(step, seed=1)), stored]
-        forms = (ondisk.ALG_LZ4, ondisk.ALG_DEFLATE, None)
-        rows, start = [], 0
-        for stream, form in zip(streams, forms, strict=True):
-            block = 200 + sum(map(len, pieces)) // BLOCK
-            rows.append((start, hm.plen(len(stream), form), block * BLOCK))
-            pieces.append(stream)
-            start += step if form is not None else BLOCK
-        rows.append((start, 0, 0))
-        found[b"records of %d" % size] = hm.extents(start + BLOCK, size, rows)
-    again = [(3000 * i, *rows[i // 10][1:]) for i in range(20)]
-    found[b"again and again"] = hm.extents(3000 * 20, 16, again)
+        one, two = _lz4(hm.text(step, seed=size)), _deflate(hm.text(step, seed=1))
+        rows = [
+            (0, hm.plen(len(one), ondisk.ALG_LZ4), store(one)),
+            (step, hm.plen(len(two), ondisk.ALG_DEFLATE), store(two)),
+            (2 * step, hm.plen(BLOCK), store(hm.noise(BLOCK))),
+            (2 * step + BLOCK, 0, 0),
+        ]
+        files[b"records of %d" % size] = hm.extents(2 * (step + BLOCK), size, rows)
+    rows, step = [], 80_000  # large enough to be decoded ahead
+    for seed in range(2):
+        stream = _deflate(hm.text(step, seed=seed))
+        word, address = hm.plen(len(stream), ondisk.ALG_DEFLATE), store(stream)
+        rows += [((3 * seed + i) * step, word, address) for i in range(3)]
+    files[b"again and again"] = hm.extents(6 * step, 16, rows)
     return flattened(
         hm.build(
-            found,
-            {200: b"".join(pieces)},
+            files,
+            {DATA: bytes(stored)},
             block_bits=9,
             incompat=ondisk.INCOMPAT_48BIT | ondisk.INCOMPAT_LZ4_0PADDING,
             configs=CONFIGS,
@@ -71,7 +79,7 @@ def records() -> bytes:
 def indexes() -> bytes:
     """Full indexes: two heads, big and partial pclusters, stored bytes, chunks, holes, xattrs."""
     big, small = _lz4(hm.text(6000)), _deflate(hm.text(1500, seed=1))
-    one, two = 200, 200 + len(big) // BLOCK
+    one, two = DATA, DATA + len(big) // BLOCK
     big_blocks, small_blocks = len(big) // BLOCK, len(small) // BLOCK
     entries = [hm.head(ondisk.LCLUSTER_HEAD1, 0, one), hm.first(big_blocks, 10)]
     entries += [hm.nonhead(i, 11 - i) for i in range(2, 11)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any, cast
 
 import trio
 
@@ -255,9 +256,9 @@ async def _run_async(
 ) -> None:
     sources = [Stingy(device) for device in (image, *devices)]
     with outcome.attempt("open"):
-        async with aio.open(sources[0], devices=sources[1:], cache_size=1 << 20) as opened:
+        async with aio.open(sources[0], devices=sources[1:], cache_size=4 << 20) as opened:
             with outcome.attempt("walk"):
-                async with aclosing(opened.walk()) as steps:
+                async with aclosing(cast(AsyncGenerator[Any, None], opened.walk())) as steps:
                     async for _, directories, others in steps:
                         for name, inode in (*directories, *others):
                             with outcome.attempt("inode"):

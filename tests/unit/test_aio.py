@@ -141,6 +141,7 @@ class FarSource:
         self.data = data
         self.name = "far"
         self.blocking = None
+        self.quick = False
         self.size = len(data)
         self.requests: list[tuple[int, int]] = []
         self.gate: trio.Event | None = None

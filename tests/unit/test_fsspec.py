@@ -182,7 +182,7 @@ def test_where_the_image_may_be(how: str, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/system.erofs", data)
     memory.pipe_file("/at-an-offset.erofs", want.image.read_bytes())
-    options: dict[str, Any] = {
+    ways: dict[str, dict[str, Any]] = {
         "keyword": {"urlpath": "erofs://text", "fo": str(tmp_path / "system.erofs")},
         "chained": {"urlpath": "erofs://text::memory://system.erofs"},
         "object": {"urlpath": "erofs://text", "fo": io.BytesIO(data)},
@@ -193,8 +193,8 @@ def test_where_the_image_may_be(how: str, tmp_path: Path) -> None:
             "target_protocol": "memory",
             "offset": want.offset,
         },
-    }[how]
-    with pyerofs.open(io.BytesIO(data)) as image, fsspec.open(**options) as file:
+    }
+    with pyerofs.open(io.BytesIO(data)) as image, fsspec.open(**ways[how]) as file:
         assert file.read() == image.read("text")
     memory.rm("/", recursive=True)
 

@@ -498,7 +498,7 @@ class TestConcatenation:
         with pyerofs.open(want.image, devices=want.devices) as image:
             mapped = image.superblock.devices[0].uniaddr * image.superblock.block_size
         head = want.image.read_bytes()
-        parts = [
+        parts: list[Source] = [
             MemorySource(head),
             MemorySource(bytes(mapped - len(head))),
             FileSource(want.devices[0]),
