@@ -243,12 +243,9 @@ class Report:
         """Print and save."""
         if not self.rows:
             skip("nothing could be measured")
-        rounds = max((len(v) for row in self.rows.values() for v in row.values()), default=0)
         text = f"### {self.title}\n\n{self.table()}\n"
         if self.against:
-            text += (
-                f"\nMedians of up to {rounds} rounds.  Ratios: above 1, {self.ours} is better.\n"
-            )
+            text += f"\nMedians; rounds: {args.rounds}.  Ratios: above 1, {self.ours} is better.\n"
         text += "".join(f"\n- {note}" for note in self.notes)
         text += f"\n\n{self.appendix}" if self.appendix else ""
         print(f"\n{text}")

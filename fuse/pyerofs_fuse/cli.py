@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 
+from pyerofs_fuse.daemon import open_standard_streams
 from pyerofs_fuse.options import USAGE, Options, UsageError, parse
 
 
 def run() -> None:
     """The command's entry point."""
+    open_standard_streams()
     sys.exit(main(sys.argv[1:]))
 
 

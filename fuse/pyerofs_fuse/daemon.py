@@ -13,6 +13,11 @@ import sys
 from typing import NoReturn, Protocol
 
 
+def one_line(message: str) -> str:
+    """A message fit for a terminal, on one line whatever names are in it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+
+
 class Report(Protocol):
     """Told once, as soon as it is known, whether the work can start."""
 
@@ -30,7 +35,7 @@ class Foreground:
         pass
 
     def failed(self, message: str) -> NoReturn:
-        print(f"pyerofs-fuse: {message}", file=sys.stderr)
+        print(f"pyerofs-fuse: {one_line(message)}", file=sys.stderr)
         raise SystemExit(1)
 
 
@@ -51,7 +56,7 @@ class Background:
         os.close(self._fd)
 
     def failed(self, message: str) -> NoReturn:
-        os.write(self._fd, message.encode("utf-8", "backslashreplace"))
+        os.write(self._fd, one_line(message).encode("utf-8", "backslashreplace"))
         os._exit(1)
 
 
@@ -77,9 +82,17 @@ def _wait(fd: int, child: int) -> NoReturn:
     if not message:
         _, status = os.waitpid(child, 0)
         message = f"the daemon ended unexpectedly (status {status:#x})".encode()
-    sys.stderr.write("pyerofs-fuse: " + message.decode("utf-8", "replace").rstrip() + "\n")
-    sys.stderr.flush()
+    print(f"pyerofs-fuse: {message.decode('utf-8', 'replace')}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def open_standard_streams() -> None:
+    """Make sure that descriptors 0 to 2 are taken, so that no file of ours becomes one of them."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def start_logging(*, foreground: bool, debug: int) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import stat
 import sys
+from collections.abc import AsyncIterator
 
 import pyfuse3
 import trio
@@ -32,22 +33,24 @@ class MountError(Exception):
 async def serve(options: Options, report: Report) -> None:
     """Mount and serve.  Returns when the mount is gone.  Reports, and ends, on failure."""
     try:
-        async with pyerofs.aio.open(
-            options.image,
-            offset=options.offset,
-            devices=options.devices,
-            cache_size=options.cache_size,
-        ) as image:
-            operations = Operations(image, shared=options.shared)
-            mount(operations, options)
-            idle = eager.enable(lambda: operations.waiting > 0)
-            image.memory.alone = lambda: operations.waiting <= 1 and idle()
-            gc.collect()
-            gc.freeze()  # what start-up made stays; no need to look at it again and again
-            try:
-                await _run(operations, report, options.mountpoint)
-            finally:
-                pyfuse3.close()
+        # signals first: once there is a mount, none may end us without unmounting
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async with pyerofs.aio.open(
+                options.image,
+                offset=options.offset,
+                devices=options.devices,
+                cache_size=options.cache_size,
+            ) as image:
+                operations = Operations(image, shared=options.shared)
+                mount(operations, options)
+                try:
+                    idle = eager.enable(lambda: operations.waiting > 0)
+                    image.memory.alone = lambda: operations.waiting <= 1 and idle()
+                    gc.collect()
+                    gc.freeze()  # what start-up made stays; no need to look at it again and again
+                    await _run(operations, signals, report, options.mountpoint)
+                finally:
+                    pyfuse3.close()
     except (ErofsError, MountError) as e:
         report.failed(str(e))
 
@@ -101,6 +104,7 @@ def check(options: Options) -> None:
     where = options.mountpoint
     try:
         mode = os.stat(where).st_mode
+        os.statvfs(where)  # a dead mount may still answer stat, from the kernel's cache
     except OSError as e:
         hint = ""
         if e.errno == errno.ENOTCONN:
@@ -116,13 +120,14 @@ def check(options: Options) -> None:
         ) from None
 
 
-async def _run(operations: Operations, report: Report, mountpoint: str) -> None:
+async def _run(
+    operations: Operations, signals: AsyncIterator[int], report: Report, mountpoint: str
+) -> None:
     async with trio.open_nursery() as nursery:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            nursery.start_soon(_stop_on, signals, operations, nursery.cancel_scope)
-            nursery.start_soon(_announce, report, mountpoint)
-            await pyfuse3.main()
-            nursery.cancel_scope.cancel()
+        nursery.start_soon(_stop_on, signals, operations, nursery.cancel_scope)
+        nursery.start_soon(_announce, report, mountpoint)
+        await pyfuse3.main()
+        nursery.cancel_scope.cancel()
     await operations.finish()
 
 
@@ -138,8 +143,10 @@ async def _announce(report: Report, mountpoint: str) -> None:
     log.info("mounted")
 
 
-async def _stop_on(signals: object, operations: Operations, scope: trio.CancelScope) -> None:
-    async for number in signals:  # type: ignore[attr-defined]
+async def _stop_on(
+    signals: AsyncIterator[int], operations: Operations, scope: trio.CancelScope
+) -> None:
+    async for number in signals:
         log.info("stopping on signal %d", number)
         operations.stop()
         await operations.finish()

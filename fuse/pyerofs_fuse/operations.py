@@ -70,6 +70,8 @@ def answers(
     def wrap(operation: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         @functools.wraps(operation)
         async def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("%s%r", operation.__name__, args[1:])
             try:
                 return await operation(*args, **kwargs)
             except FUSEError:
@@ -151,7 +153,7 @@ class Operations(pyfuse3.Operations):
         self._rows = RowCache()
         self._attr = EntryAttributes()
         self._attr.st_blksize = image.volume.sb.block_size
-        self._attr.entry_timeout = self._attr.attr_timeout = FOREVER
+        self._attr.entry_timeout = FOREVER
         self._reported: set[int | None] = set()
 
     # what all operations use ---------------------------------------------------------
@@ -227,18 +229,27 @@ class Operations(pyfuse3.Operations):
             self._directories[nid] = found
         return found
 
-    def _attributes(self, inode: Inode, number: int) -> EntryAttributes:
-        """For lookup, ``number`` is the node id; for getattr, which shows it, the inode number.
+    def _entry(self, inode: Inode) -> EntryAttributes:
+        """For lookup, which sends it before anything else runs: one object serves all."""
+        return self._as_entry(self._attr, inode)
 
-        Both send the result before anything else runs, so that one object serves all."""
-        return self._fill(self._attr, inode, number)
+    def _as_entry(self, attr: EntryAttributes, inode: Inode) -> EntryAttributes:
+        """An entry carries the node id where the inode number belongs; should they differ, the
+        kernel has to ask again, with getattr, which shows the number."""
+        node = self._node(inode.nid)
+        attr.attr_timeout = 0.0 if node <= 1 or node in _NUMBER_OF else FOREVER
+        return self._fill(attr, inode, node)
 
-    def _new_attributes(self, inode: Inode) -> EntryAttributes:
+    def _row(self, name: bytes, inode: Inode, cookie: int) -> Row:
         """For readdir, to be kept."""
         attr = EntryAttributes()
         attr.st_blksize = self._volume.sb.block_size
-        attr.entry_timeout = attr.attr_timeout = FOREVER
-        return self._fill(attr, inode, self._node(inode.nid))
+        attr.entry_timeout = FOREVER
+        if name in (b".", b".."):  # these two are for show; no node comes of them
+            self._fill(attr, inode, tree.inode_number(self._volume, inode.nid))
+        else:
+            self._as_entry(attr, inode)
+        return name, attr, cookie
 
     def _fill(self, attr: EntryAttributes, inode: Inode, number: int) -> EntryAttributes:
         attr.st_ino = number
@@ -264,6 +275,9 @@ class Operations(pyfuse3.Operations):
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         if len(name) > NAME_LEN:
             raise FUSEError(errno.ENAMETOOLONG)
+        if name == b".":  # how the kernel finds a node again that it has forgotten
+            found = await self._inode(parent_inode)
+            return self._entry(found)
         parent = await self._directory(parent_inode)
         inode = await self._run(tree.lookup, self._volume, parent, name)
         if inode is None:  # an answer that the kernel may keep, unlike an error
@@ -271,12 +285,14 @@ class Operations(pyfuse3.Operations):
             missing.st_ino = 0
             missing.entry_timeout = FOREVER
             return missing
-        return self._attributes(inode, self._node(inode.nid))
+        return self._entry(inode)
 
     @answers(metadata=True)
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         found = await self._inode(inode)
-        return self._attributes(found, tree.inode_number(self._volume, found.nid))
+        attr = self._fill(self._attr, found, tree.inode_number(self._volume, found.nid))
+        attr.attr_timeout = FOREVER
+        return attr
 
     @answers(metadata=True)
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
@@ -359,18 +375,20 @@ class Operations(pyfuse3.Operations):
         if cookie >= end:  # where "." is not stored, it comes last, as from the kernel
             if cookie > end or not parent.dot_omitted:
                 return []
-            return [(b".", self._new_attributes(parent), end + 1)]
+            return [self._row(b".", parent, end + 1)]
         found: list[Row] = []
         block = directory.block_entries(vol, parent, index, -(-skip // 12))
         for entry in block[:ENTRIES_AT_ONCE]:
             try:
-                attr = self._new_attributes(inodes.load(vol, entry.nid))
+                inode = inodes.load(vol, entry.nid)
+                found.append(self._row(entry.name, inode, entry.cookie))
             except ErofsError as e:  # broken: its name is listed, looking at it gives the error
                 self.report(e)
                 attr = EntryAttributes()
-                attr.st_ino = 0
+                attr.st_ino = self._node(entry.nid)
+                attr.entry_timeout = attr.attr_timeout = 0.0
                 attr.st_mode = _MODE_OF_TYPE.get(entry.file_type, stat.S_IFREG)
-            found.append((entry.name, attr, entry.cookie))
+                found.append((entry.name, attr, entry.cookie))
         return found
 
     @answers(metadata=True)

@@ -93,6 +93,8 @@ def parse(words: list[str]) -> Options:
         raise UsageError(
             "needs an image and a mount point" if len(names) < 2 else f"unexpected {names[2]!r}"
         )
+    if not all(names):
+        raise UsageError("an empty name is no image and no mount point")
     options.image, options.mountpoint = names
     return options
 

@@ -101,16 +101,8 @@ def _gap(image: Image, start: int, end: int) -> Iterator[Region]:
         yield Region(start, end, "padding")
         return
     # what mkfs had in its buffer may be left in the rest of a block
-    block = image.superblock.block_size
-    slack = min(-start % block, end - start)
-    if slack:
-        yield Region(start, start + slack, "slack")
-    if start + slack == end:
-        return
-    if slack:
-        yield from _gap(image, start + slack, end)
-    else:
-        yield Region(start, end, "unaccounted")
+    slack = end - start <= -start % image.superblock.block_size
+    yield Region(start, end, "slack" if slack else "unaccounted")
 
 
 def _claims(image: Image) -> Iterator[Region]:
@@ -197,8 +189,8 @@ def _inode(image: Image, path: str, inode: Inode) -> Iterator[Region]:
         elif e.kind == PLAIN:
             length = e.size or e.length
             end = e.address + length
-            if not e.size:
-                end = (end + mask) & ~mask  # the rest of a flat file's last block is its own
-            yield Region(e.address, min(end, vol.memory.sizes[0]), what, path)
+            if not e.size:  # the rest of a flat file's last block is its own
+                end = max(end, min((end + mask) & ~mask, vol.memory.sizes[0]))
+            yield Region(e.address, end, what, path)
         elif e.kind == META:
             yield Region(e.address, e.address + (e.size or e.length), f"inline {what}", path)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuse.mounting import COMMAND, cleaned
+pytest.register_assert_rewrite("tests.fuse.mounting")
+
+from tests.fuse.mounting import COMMAND, cleaned  # noqa: E402  after that
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -80,6 +80,19 @@ def cleaned(where: Path) -> Iterator[Path]:
             unmount(where, "-z")
 
 
+def assert_one_line(done: subprocess.CompletedProcess[str]) -> None:
+    """It failed, and said why in one line."""
+    assert re.fullmatch(r"pyerofs-fuse: [^\n]+\n", done.stderr)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], where: Path) -> None:
+    """It did not mount, said why in one line and left nothing behind."""
+    assert_one_line(done)
+    assert not is_mounted(where)
+    assert wait_until(lambda: not daemons(where))
+
+
 @contextmanager
 def kernel_mounted(manifest: Manifest, where: Path) -> Iterator[Path]:
     """An image mounted by the kernel's own driver.  Skips the test where that is not possible."""

@@ -69,7 +69,7 @@ def page(fd: int, at: int) -> bytes | int:
     try:
         return os.pread(fd, PAGE, at)
     except OSError as e:
-        return e.errno
+        return e.errno or 0
 
 
 @pytest.mark.parametrize("name", ["zstd", "zstd-C128k", "extents-zstd", "lzma", "deflate", "lz4"])
@@ -169,6 +169,14 @@ def test_an_image_that_shrinks(image: Path, where: Path) -> None:
         assert error_of((where / "mixed").read_bytes) == errno.EIO
         assert (where / "text").read_bytes() == content  # the kernel has it
         assert os.statvfs(where).f_blocks > 0
+
+
+def test_a_device_that_was_not_given(where: Path) -> None:
+    """Mounts, as with the kernel: the image's own data is there."""
+    want = golden("tar-index")
+    with mounted(want.image, where):
+        assert error_of((where / "text").read_bytes) == errno.EIO
+        assert entry_at(str(where / "deep0")) == want.entries["deep0"]
 
 
 def test_an_image_that_is_deleted(image: Path, where: Path) -> None:

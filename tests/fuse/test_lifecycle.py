@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,8 @@ import pyerofs
 from tests.fuse.mounting import (
     COMMAND,
     PATIENCE,
-    cleaned,
+    assert_one_line,
+    assert_refused,
     daemons,
     foreground,
     is_mounted,
@@ -26,7 +26,7 @@ from tests.fuse.mounting import (
     unmount,
     wait_until,
 )
-from tests.manifests import IMAGES, differences, entries_below, golden, without_trusted
+from tests.manifests import IMAGES, differences, entries_below, entry_at, golden, without_trusted
 
 PLAIN = IMAGES / "plain.erofs"
 OFFSET = golden("offset")
@@ -54,15 +54,12 @@ def test_returns_when_the_mount_is_live(where: Path) -> None:
 def test_what_the_system_is_told(where: Path) -> None:
     with mounted(PLAIN, where):
         (line,) = mounts_at(where)
-    assert (line.source, line.kind) == (str(PLAIN), "fuse.pyerofs-fuse")
-    assert {"ro", "nosuid", "nodev", f"user_id={os.getuid()}"} <= set(line.options)
+        assert (line.source, line.kind) == (str(PLAIN), "fuse.pyerofs-fuse")
+        assert {"ro", "nosuid", "nodev", f"user_id={os.getuid()}"} <= set(line.options)
 
 
 def test_relative_paths(where: Path) -> None:
-    with mounted(PLAIN, where):
-        pass
-    image, here = os.path.relpath(PLAIN, where.parent), where.name
-    done = run(image, here, cwd=where.parent)
+    done = run(os.path.relpath(PLAIN, where.parent), where.name, cwd=where.parent)
     try:
         assert (done.returncode, done.stderr) == (0, "")
         assert shows_plain(where)
@@ -96,13 +93,7 @@ def test_options_may_come_last(where: Path) -> None:
 def test_an_image_with_a_device(form: str, where: Path) -> None:
     options = form.format(TAR.devices[0]).split(" ", 1)
     with mounted(TAR.image, where, *options):
-        assert (where / "text").read_bytes() == pyerofs_reads(TAR.image, "text", TAR.devices)
-
-
-def pyerofs_reads(image: Path, path: str, devices: tuple[Path, ...] = ()) -> bytes:
-    """What the library finds in a file."""
-    with pyerofs.open(image, devices=devices) as opened:
-        return opened.read(path)
+        assert entry_at(str(where / "text")) == TAR.entries["text"]
 
 
 @pytest.mark.parametrize(
@@ -183,10 +174,19 @@ def test_many_mounts_at_once(tmp_path: Path) -> None:
         assert (three / "many").is_dir()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="fusermount3 forbids it")
+def test_a_mount_over_a_mount(where: Path) -> None:
+    with mounted(PLAIN, where):
+        assert run(f"--offset={OFFSET.offset}", OFFSET.image, where).returncode == 0
+        assert not shows_plain(where)
+        unmount(where)
+        assert shows_plain(where)
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_standard_streams(closed: str, where: Path) -> None:
     """As some supervisors start daemons: the files that it opens get the numbers 0 to 2."""
-    starting = ["sh", "-c", f'exec "$0" "$@" {closed}', COMMAND, PLAIN, where]
+    starting: list[str | Path] = ["sh", "-c", f'exec "$0" "$@" {closed}', COMMAND, PLAIN, where]
     assert subprocess.run(starting, check=False, timeout=30).returncode == 0
     expected = golden("plain") if os.geteuid() == 0 else without_trusted(golden("plain"))
     assert differences(expected, entries_below(where)) == []
@@ -248,6 +248,15 @@ def test_unmounting_ends_it_in_the_foreground(where: Path) -> None:
         assert process.returncode == 0
 
 
+def test_requests_are_logged_if_asked_for(where: Path) -> None:
+    with foreground("-d", PLAIN, where=where) as process:
+        (where / "text").read_bytes()
+        unmount(where)
+        log = process.communicate(timeout=PATIENCE)[1]
+    assert "lookup" in log
+    assert "read" in log
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_while_it_is_in_use(number: signal.Signals, where: Path) -> None:
     with foreground(PLAIN, where=where) as process:
@@ -290,7 +299,7 @@ def test_what_a_killed_daemon_leaves_behind(where: Path) -> None:
         with pytest.raises(OSError, match="connect"):
             os.listdir(where)
         done = run(PLAIN, where)
-        assert_refused(done)
+        assert_one_line(done)
         assert f"fusermount3 -u {where}" in done.stderr
         unmount(where)
         assert not is_mounted(where)
@@ -300,19 +309,18 @@ def test_what_a_killed_daemon_leaves_behind(where: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="fusermount3 looks with root's eyes")
 def test_auto_unmount(where: Path) -> None:
-    with mounted(PLAIN, where, "-o", "auto_unmount"):
-        for pid in daemons(where):
-            os.kill(pid, signal.SIGKILL)
-        assert wait_until(lambda: not is_mounted(where))
+    """Left to fusermount3, which at times looks a moment too early and gives up."""
+
+    def vanishes() -> bool:
+        with mounted(PLAIN, where, "-o", "auto_unmount"):
+            for pid in daemons(where):
+                os.kill(pid, signal.SIGKILL)
+            return wait_until(lambda: not is_mounted(where), 2)
+
+    assert any(vanishes() for _ in range(5))
 
 
 # --- it refuses -----------------------------------------------------------------------------
-
-
-def assert_refused(done: subprocess.CompletedProcess[str]) -> None:
-    """One line on stderr, and exit status 1."""
-    assert re.fullmatch(r"pyerofs-fuse: [^\n]+\n", done.stderr)
-    assert (done.returncode, done.stdout) == (1, "")
 
 
 @pytest.fixture(params=["background", "foreground"])
@@ -336,7 +344,7 @@ class TestRefuses:
             (["--offset=some", PLAIN, "{where}"], "offset=some"),
             (["--offset=-512", PLAIN, "{where}"], "offset=-512"),
             (["--offset=999999999", PLAIN, "{where}"], "999999999"),
-            (["--offset=512", PLAIN, "{where}"], "plain.erofs"),
+            (["--offset=512", PLAIN, "{where}"], "superblock"),
             (["-o", "offset=", PLAIN, "{where}"], "offset"),
             (["--cache-size=much", PLAIN, "{where}"], "much"),
             (["--device=/missing", TAR.image, "{where}"], "/missing"),
@@ -346,7 +354,7 @@ class TestRefuses:
             (["/missing.erofs", "{where}"], "/missing.erofs: No such file or directory"),
             (["/dev/null", "{where}"], "/dev/null"),
             ([IMAGES, "{where}"], "directory"),
-            ([__file__, "{where}"], "test_lifecycle.py"),
+            ([__file__, "{where}"], "superblock"),
             ([PLAIN, "{where}/missing"], "missing: No such file or directory"),
             ([PLAIN, __file__], "not a directory"),
             (["", "{where}"], ""),
@@ -357,57 +365,45 @@ class TestRefuses:
         self, words: list[str | Path], reason: str, mode: list[str], where: Path
     ) -> None:
         done = run(*mode, *(str(word).format(where=where) for word in words))
-        assert_refused(done)
+        assert_refused(done, where)
         assert reason in done.stderr
-        assert not is_mounted(where)
-        assert wait_until(lambda: not daemons(where))
 
     @pytest.mark.parametrize(
-        ("damage", "reason"),
+        ("at", "data", "reason"),
         [
-            (lambda image: image.truncate(0), ""),
-            (lambda image: image.truncate(1024), ""),
-            (lambda image: image.truncate(1100), ""),
-            (lambda image: (image.seek(1024), image.write(b"\0")), "magic"),
-            (lambda image: (image.seek(1024 + 64), image.write(b"other")), "checksum"),
-            (lambda image: (image.seek(3000), image.write(b"other")), "checksum"),
+            (1024, b"\0", "superblock"),  # the magic number
+            (1024 + 64, b"other", "checksum"),  # the label
+            (3000, b"other", "checksum"),  # the rest of the block
         ],
     )
     def test_damaged_images(
-        self, damage: object, reason: str, mode: list[str], where: Path, tmp_path: Path
+        self, at: int, data: bytes, reason: str, mode: list[str], where: Path, tmp_path: Path
     ) -> None:
-        image = tmp_path / "damaged.erofs"
-        shutil.copy(PLAIN, image)
-        with image.open("r+b") as file:
-            assert callable(damage)
-            damage(file)
-        done = run(*mode, image, where)
-        assert_refused(done)
+        content = bytearray(PLAIN.read_bytes())
+        content[at : at + len(data)] = data
+        (tmp_path / "damaged").write_bytes(content)
+        done = run(*mode, tmp_path / "damaged", where)
+        assert_refused(done, where)
         assert reason in done.stderr
-        assert not is_mounted(where)
-        assert wait_until(lambda: not daemons(where))
+
+    @pytest.mark.parametrize("length", [0, 1024, 1100])
+    def test_short_images(self, length: int, mode: list[str], where: Path, tmp_path: Path) -> None:
+        (tmp_path / "short").write_bytes(PLAIN.read_bytes()[:length])
+        assert_refused(run(*mode, tmp_path / "short", where), where)
 
     def test_an_image_that_is_no_file(self, mode: list[str], where: Path, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "fifo")
-        assert_refused(run(*mode, tmp_path / "fifo", where))
+        assert_refused(run(*mode, tmp_path / "fifo", where), where)
 
     @pytest.mark.parametrize("name", ["two\nlines", "\udcff", "ü"], ids=ascii)
     def test_awkward_names(self, name: str, mode: list[str], where: Path, tmp_path: Path) -> None:
-        assert_refused(run(*mode, tmp_path / name, where))
-        assert_refused(run(*mode, PLAIN, tmp_path / name))
+        assert_refused(run(*mode, tmp_path / name, where), where)
+        assert_one_line(run(*mode, PLAIN, tmp_path / name))
 
     def test_an_empty_mount_point(self, mode: list[str], where: Path) -> None:
         """As ``"$UNSET"`` gives it: by no means the working directory."""
         try:
-            assert_refused(run(*mode, PLAIN, "", cwd=where))
+            assert_one_line(run(*mode, PLAIN, "", cwd=where))
         finally:
             if is_mounted(where):
                 unmount(where)
-
-    def test_a_mount_point_in_use_by_itself(self, mode: list[str], where: Path) -> None:
-        """Mounting over a mount is what mount(8) allows as well."""
-        with mounted(PLAIN, where), cleaned(where):
-            assert run(OFFSET.image, where, "-o", f"offset={OFFSET.offset}").returncode == 0
-            assert not shows_plain(where)
-            unmount(where)
-            assert shows_plain(where)

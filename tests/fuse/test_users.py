@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import stat
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 import pytest
 
 from tests.fuse.mounting import (
+    assert_refused,
     cleaned,
     daemons,
     is_mounted,
@@ -94,16 +94,6 @@ def place(home: Path) -> Iterator[Path]:
     with cleaned(home / "mnt") as place:
         os.chown(place, NOBODY, NOBODY)
         yield place
-
-
-def assert_refused(done: subprocess.CompletedProcess[str], where: Path) -> None:
-    """One line says why nothing was mounted."""
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("pyerofs-fuse: ")
-    assert done.stderr.endswith("\n")
-    assert done.stderr.count("\n") == 1
-    assert not is_mounted(where)
-    assert daemons(where) == []
 
 
 # --- mounts of an unprivileged user ---------------------------------------------------------

@@ -299,7 +299,7 @@ def run(config: Config, found: Callable[[Failure], None], tick: Callable[[Tally]
 def write(directory: Path, failure: Failure) -> None:
     """Keep a failing image, and how it came about beside it."""
     directory.mkdir(parents=True, exist_ok=True)
-    stem = hashlib.sha256(failure.title.encode()).hexdigest()[:8]
+    stem = hashlib.sha256(f"{failure.title} {failure.example}".encode()).hexdigest()[:8]
     (directory / f"{stem}.erofs").write_bytes(failure.example.image())
     text = f"{failure.title}\n{failure.example}\n\n{failure.details}"
     (directory / f"{stem}.txt").write_text(text, "utf-8")
