@@ -11,8 +11,8 @@ that other tasks wait for as well is taken over by one of them.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Protocol, TypeVar, TypeVarTuple
 
 import trio
@@ -233,6 +233,7 @@ class AsyncImage:
         except (Fault, ErofsError):
             return
         batch: list[tuple[Extent, Pcluster]] = []
+        asked: set[Hashable] = set()  # extents may share a pcluster
         cost = 0.0
         for extent in found:
             if extent.kind != ENCODED:
@@ -246,8 +247,10 @@ class AsyncImage:
                 if sink is not None:
                     sink.decoded(extent, known)
                 continue
-            if pcluster[:5] in self._flights or self._batches >= MAX_BATCHES:
+            key = pcluster[:5]
+            if key in asked or key in self._flights or self._batches >= MAX_BATCHES:
                 continue
+            asked.add(key)
             batch.append((extent, pcluster))
             cost += decode_ns(pcluster)
             if cost >= BATCH_NS:
@@ -369,7 +372,7 @@ class AsyncImage:
             return []
         return await self.call(directory.block_entries, self.volume, parent, index, first)
 
-    async def scandir(self, path: Target = "/") -> AsyncIterator[Dirent]:
+    async def scandir(self, path: Target = "/") -> AsyncGenerator[Dirent, None]:
         """The entries of a directory, one block at a time, without ``.`` and ``..``."""
         inode = await self.lookup(path)
         if not inode.is_dir:
@@ -387,7 +390,7 @@ class AsyncImage:
 
     async def walk(
         self, top: PathLike = "/"
-    ) -> AsyncIterator[tuple[str, list[tuple[str, Inode]], list[tuple[str, Inode]]]]:
+    ) -> AsyncGenerator[tuple[str, list[tuple[str, Inode]], list[tuple[str, Inode]]], None]:
         """(path, directories, others) of each directory below ``top``, parents first; the lists
         hold (name, Inode).  What the caller removes from the directories is not entered."""
         start = await self.lookup(top)
@@ -396,9 +399,11 @@ class AsyncImage:
             path, here = step
             directories: list[tuple[str, Inode]] = []
             others: list[tuple[str, Inode]] = []
-            async for entry in self.scandir(here):
-                inode = await self.inode(entry.nid)
-                (directories if inode.is_dir else others).append((tree.decode(entry.name), inode))
+            async with aclosing(self.scandir(here)) as entries:
+                async for entry in entries:
+                    inode = await self.inode(entry.nid)
+                    found = directories if inode.is_dir else others
+                    found.append((tree.decode(entry.name), inode))
             yield path, directories, others
             trail.enter(directories)
 
@@ -435,13 +440,13 @@ class AsyncImage:
         if len(cuts) == 1:
             return await self._piece(inode, *cuts[0])
         parts: list[Buffer] = [b""] * len(cuts)
+        todo = iter(range(len(cuts)))
 
-        async def get(i: int) -> None:
-            async with at_once:
+        async def get(_: int) -> None:
+            for i in todo:
                 parts[i] = await self._piece(inode, *cuts[i])
 
-        at_once = trio.CapacityLimiter(MAX_PIECES)
-        await run_all(get, range(len(cuts)))
+        await run_all(get, range(min(len(cuts), MAX_PIECES)))
         return b"".join(parts)
 
     async def extents(self, path: Target) -> list[Extent]:

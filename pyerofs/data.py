@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from pyerofs import inode as inodes
-from pyerofs.errors import CorruptImage
+from pyerofs.errors import CorruptImage, ErofsError
 from pyerofs.extent import extents
 from pyerofs.memory import Pcluster
 from pyerofs.model import ENCODED, HOLE, META, PLAIN, Extent, Inode
@@ -27,7 +27,9 @@ def read(vol: Volume, inode: Inode, offset: int, length: int) -> Buffer:
     if offset >= end:
         return b""
     if end - offset > MAX_READ:
-        raise ValueError(f"read of {end - offset} bytes; read at most {MAX_READ} at once")
+        raise ErofsError(
+            f"read of {end - offset} bytes of nid {inode.nid}; read at most {MAX_READ} at once"
+        )
     parts = []
     for extent in extents(vol, inode, offset, length):
         start = max(offset, extent.start)

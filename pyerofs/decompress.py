@@ -82,6 +82,8 @@ def lz4_head(data: bytes, length: int) -> tuple[bytes, int]:
             literals, pos = _lz4_run(data, pos + 1, token >> 4)
             if out + literals >= length:
                 keep = length - out
+                if pos + keep > len(data):
+                    raise DecodeError("lz4: ends too early")
                 last = data[pos : pos + keep] + _LZ4_TAIL
                 return data[:start] + _lz4_literals(last), length + len(_LZ4_TAIL)
             pos += literals

@@ -32,10 +32,13 @@ def extents(vol: Volume, inode: Inode, offset: int, length: int) -> Iterator[Ext
 
 
 def _compressed(vol: Volume, inode: Inode, offset: int, end: int) -> Iterator[Extent]:
-    while offset < end:
+    extent = zmap.map_at(vol, inode, offset)
+    yield extent
+    while (offset := extent.end) < end:
         extent = zmap.map_at(vol, inode, offset)
+        if extent.start != offset:
+            raise CorruptImage(f"extents overlap at byte {offset}", nid=inode.nid)
         yield extent
-        offset = extent.end
 
 
 def _flat(vol: Volume, inode: Inode, offset: int, end: int) -> Iterator[Extent]:

@@ -203,7 +203,7 @@ class Image:
     def read(self, path: Target, offset: int = 0, length: int | None = None) -> bytes:
         """``length`` bytes of a file at ``offset``, by default all; fewer only at its end.
 
-        At most 2 GiB at once (ValueError)."""
+        At most 2 GiB at once (ErofsError)."""
         inode = self._file(path)
         if length is None:
             length = inode.size

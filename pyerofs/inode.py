@@ -33,6 +33,8 @@ def load(vol: Volume, nid: int) -> Inode:
         end = offset + 64
         if inode.size > MAX_SIZE:
             raise CorruptImage(f"size of {inode.size} bytes", offset=offset, nid=nid)
+        if inode.mtime_nsec >= 1_000_000_000:
+            raise CorruptImage(f"{inode.mtime_nsec} nanoseconds", offset=offset, nid=nid)
     else:
         (
             flags, icount, mode, nb, inode.size, mtime, union, inode.uid, inode.gid,

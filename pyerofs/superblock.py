@@ -13,6 +13,8 @@ from pyerofs.sources.base import Buffer
 
 MAX_DEVICES = 4096  # bounds the device table (512 KiB); real images use a few dozen
 
+MAX_TIME = 1 << 62  # seconds: leaves room for what inodes add
+
 Reader = Callable[[int, int], Buffer]
 
 
@@ -125,6 +127,8 @@ def load(read: Reader, available: int) -> Superblock:
     if raw.blkszbits + raw.dirblkbits > ondisk.MAX_BLKSZBITS + 4:
         raise CorruptImage(f"directory blocks of 2^{raw.dirblkbits} blocks", offset=base + 90)
 
+    if not -MAX_TIME < raw.epoch < MAX_TIME or raw.fixed_nsec >= 1_000_000_000:
+        raise CorruptImage(f"time {raw.epoch} s + {raw.fixed_nsec} ns", offset=base + 24)
     wide = bool(raw.feature_incompat & ondisk.INCOMPAT_48BIT)
     root_nid, blocks = raw.rootnid_2b, raw.blocks_lo
     if wide and raw.rootnid_8b:
@@ -141,7 +145,9 @@ def load(read: Reader, available: int) -> Superblock:
     if raw.feature_compat & ondisk.COMPAT_ISHARE_XATTRS:
         ishare = raw.ishare_xattr_prefix_id
         if ishare >= raw.xattr_prefix_count:
-            raise CorruptImage(f"digest xattr prefix {ishare} of {raw.xattr_prefix_count}")
+            raise CorruptImage(
+                f"digest xattr prefix {ishare} of {raw.xattr_prefix_count}", offset=base + 105
+            )
     configs = _load_configs(read, raw, base + size)
     return Superblock(
         block_bits=raw.blkszbits,

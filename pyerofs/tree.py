@@ -28,7 +28,6 @@ from pyerofs.model import Dirent, Inode
 from pyerofs.volume import Volume
 
 MAX_SYMLINKS = 40  # as Linux has it
-MAX_DEPTH = 4096  # directories within directories; PATH_MAX allows half of that
 MAX_KNOWN = 8192  # names with their inodes that path look-ups remember: some MiB
 MAX_TARGET = 4096  # bytes of a link's target: PATH_MAX
 
@@ -158,25 +157,31 @@ class Trail:
     ``next`` gives one, with its path; ``enter`` adds the directories found in that one."""
 
     def __init__(self, path: str, start: Inode) -> None:
-        self._todo: list[tuple[str, Inode, frozenset[int]]] = [(path, start, frozenset())]
+        self._todo: list[tuple[str, Inode]] = [(path, start)]
         self._path = ""
-        self._above: frozenset[int] = frozenset()
+        self._seen: set[int] = set()
 
     def next(self) -> tuple[str, Inode] | None:
-        """The next directory, or None at the end.  Raises CorruptImage where it contains itself."""
+        """The next directory, or None at the end.  Raises CorruptImage where one is reached a second
+        time: no image has that, and inside itself it would have no end."""
         if not self._todo:
             return None
-        self._path, here, above = self._todo.pop()
-        if here.nid in above or len(above) >= MAX_DEPTH:
-            raise CorruptImage("directory inside itself", nid=here.nid)
-        self._above = above | {here.nid}
+        self._path, here = self._todo.pop()
+        once(self._seen, here)
         return self._path, here
 
     def enter(self, directories: list[tuple[str, Inode]]) -> None:
         """Visit these, found in the directory that ``next`` gave last."""
         base = self._path.rstrip("/")
         for name, inode in reversed(directories):
-            self._todo.append((f"{base}/{name}", inode, self._above))
+            self._todo.append((f"{base}/{name}", inode))
+
+
+def once(seen: set[int], directory: Inode) -> None:
+    """Note a directory; raise CorruptImage if it has been seen before."""
+    if directory.nid in seen:
+        raise CorruptImage("directory reached twice", nid=directory.nid)
+    seen.add(directory.nid)
 
 
 def require_file(inode: Inode, path: PathLike | Inode) -> None:

@@ -102,7 +102,7 @@ def header(vol: Volume, inode: Inode) -> CompressionMap:
         z.record_size = 4 << shift
         z.extents = h.h_lo | h.h_algorithmtype << 32 | h.h_clusterbits << 40
         z.base = (z.base + z.record_size - 1) & ~(z.record_size - 1)
-        z.running = (0, 0)
+        z.running = (-1, 0)
         inode.zmap = z
         return z
     z.total = -(-inode.size >> z.lcluster_bits)
@@ -410,7 +410,7 @@ def _fixed_record(vol: Volume, inode: Inode, z: CompressionMap, offset: int) -> 
         address = int.from_bytes(word[4:], "little")
     else:
         known, address = z.running
-        if lcn < known or not address:
+        if known < 0 or lcn < known:
             known, address = 0, int.from_bytes(memory.bytes_at(inode.device, z.base, 8), "little")
         records = z.base + 8
         while known < lcn:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import stat
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,13 +249,15 @@ def build(
     compat: int = 0,
     first_nid: int = 2,
     elsewhere: Mapping[bytes, tuple[int, int]] | None = None,
+    hidden: Collection[bytes] = (),
     configs: Mapping[int, bytes] | None = None,
     devices: Sequence[tuple[int, int]] = (),
     **fields: Any,
 ) -> Pieces:
     """An image with ``files`` (inodes by name) in its root directory, and ``data`` by block.
 
-    ``elsewhere``: directory entries of inodes that are part of the data; ``configs``: records by
+    ``elsewhere``: directory entries of inodes that are part of the data; ``hidden``: names that the
+    root does not have, of directories that others lead to; ``configs``: records by
     compression algorithm; ``devices``: (blocks, first block) of each extra one; ``fields``: of the
     superblock, where they differ from what follows from the rest."""
     size = 1 << block_bits
@@ -268,7 +270,8 @@ def build(
         if at % size + len(content) > size:  # what lies behind an inode must not cross a block
             at += -at % size
         mode = int.from_bytes(content[4:6], "little")
-        entries[name] = (at - meta) // 32, FILE_TYPES[stat.S_IFMT(mode)]
+        if name not in hidden:
+            entries[name] = (at - meta) // 32, FILE_TYPES[stat.S_IFMT(mode)]
         pieces[at] = content
         at += len(content) + -len(content) % 32
     at += -at % size

@@ -26,6 +26,7 @@ PIECE = 4 << 20
 MAX_BATCHES = 16
 BATCH_FILES = 64
 BATCH_BYTES = 8 << 20
+MAX_BAD_BLOCKS = 100  # of a directory, before the rest of it is left alone
 MAX_PROBLEMS = 10_000  # beyond that, more detail helps nobody
 
 # what stat's file types are called in directory entries
@@ -121,17 +122,17 @@ class Checker:
 
     def _walk(self) -> None:
         root = self._image.root
-        stack: list[tuple[str, Inode, int, frozenset[int]]] = [("", root, root.nid, frozenset())]
+        stack: list[tuple[str, Inode, int]] = [("", root, root.nid)]
         seen: set[int] = set()
         while stack:
-            path, here, parent, above = stack.pop()
+            path, here, parent = stack.pop()
             self.inodes += 1
             self._progress.advance()
-            if here.nid in seen:
-                loop = "inside itself" if here.nid in above else "reached twice"
-                self._add(path, f"directory {loop}", here.nid)
+            try:
+                tree.once(seen, here)
+            except CorruptImage as e:
+                self._caught(path, e, here.nid)
                 continue
-            seen.add(here.nid)
             self._xattrs(path, here)
             subdirectories = 0
             batch: list[tuple[str, Inode]] = []
@@ -150,7 +151,7 @@ class Checker:
                     )
                 if child.is_dir:
                     subdirectories += 1
-                    stack.append((child_path, child, here.nid, above | {here.nid}))
+                    stack.append((child_path, child, here.nid))
                     continue
                 names = self._links.get(child.nid, 0)
                 self._links[child.nid] = names + 1
@@ -172,13 +173,17 @@ class Checker:
         """The entries of a directory but ``.`` and ``..``, which are checked here."""
         found: list[Dirent] = []
         last = b""
+        bad = 0
         dots = set()
         for index in range(-(-here.size // self._vol.sb.directory_block_size)):
             try:
                 block = directory.block_entries(self._vol, here, index)
             except ErofsError as e:
                 self._caught(path, e, here.nid)
-                continue
+                bad += 1
+                if bad < MAX_BAD_BLOCKS:
+                    continue
+                break
             for entry in block:
                 if entry.name <= last:
                     self._add(path, f"entry {entry.name!r} after {last!r}", here.nid)

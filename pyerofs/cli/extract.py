@@ -186,9 +186,10 @@ class Extractor:
         return fd
 
     def _walk(self, top: bytes, inode: Inode) -> None:
-        stack: list[tuple[bytes, Inode, frozenset[int]]] = [(top, inode, frozenset())]
+        seen: set[int] = set()
+        stack: list[Job] = [(top, inode)]
         while stack:
-            path, inode, above = stack.pop()
+            path, inode = stack.pop()
             fd = self._try(path, self._open, path)
             if fd is None:
                 continue
@@ -196,10 +197,8 @@ class Extractor:
             self._directories.append((path, inode))
             self._progress.advance()
             try:
-                if inode.nid in above or len(above) >= tree.MAX_DEPTH:
-                    raise ErofsError(f"directory inside itself: nid {inode.nid}")
-                below = above | {inode.nid}
-                stack += [(p, child, below) for p, child in self._entries(here, inode)]
+                tree.once(seen, inode)
+                stack += self._entries(here, inode)
             except ErofsError as e:
                 self._fail(path, e)
             here.release()

@@ -12,7 +12,6 @@ from typing import Any
 
 from pyerofs import tree as trees
 from pyerofs.cli.common import open_image, print_json, printable
-from pyerofs.errors import CorruptImage
 from pyerofs.image import DirEntry, Image
 from pyerofs.model import KIND_NAMES, Extent, Inode
 from pyerofs.ondisk import ALG_NAMES, LAYOUT_NAMES
@@ -95,12 +94,11 @@ def tree(args: argparse.Namespace) -> int:
 
 def _draw(image: Image, top: str, start: Inode, level: int | None) -> tuple[int, int]:
     directories = files = 0
-    # (entries still to print, what their lines start with, nids of the directories above)
-    stack: list[tuple[Iterator[tuple[DirEntry, bool]], str, frozenset[int]]] = [
-        (_with_last(image, start), "", frozenset({start.nid}))
-    ]
+    seen = {start.nid}
+    # (entries still to print, what their lines start with)
+    stack: list[tuple[Iterator[tuple[DirEntry, bool]], str]] = [(_with_last(image, start), "")]
     while stack:
-        entries, indent, above = stack[-1]
+        entries, indent = stack[-1]
         step = next(entries, None)
         if step is None:
             stack.pop()
@@ -113,11 +111,10 @@ def _draw(image: Image, top: str, start: Inode, level: int | None) -> tuple[int,
             files += 1
             continue
         directories += 1
-        if inode.nid in above:
-            raise CorruptImage("directory inside itself", nid=inode.nid)
+        trees.once(seen, inode)
         if level is None or len(stack) < level:
             deeper = indent + ("    " if last else "|   ")
-            stack.append((_with_last(image, inode), deeper, above | {inode.nid}))
+            stack.append((_with_last(image, inode), deeper))
     return directories, files
 
 

@@ -31,6 +31,9 @@ def tar(args: argparse.Namespace) -> int:
         if args.output is None:
             with open(os.dup(sys.stdout.fileno()), "wb", buffering=PIECE) as stdout:
                 return _write(image, args, stdout)
+        if os.path.lexists(args.output) and not stat.S_ISREG(os.lstat(args.output).st_mode):
+            with open(args.output, "wb", buffering=PIECE) as file:  # a device, fifo or link
+                return _write(image, args, file)
         temporary = f"{args.output}.partial"
         try:
             with open(temporary, "wb", buffering=PIECE) as file:

@@ -139,5 +139,5 @@ def test_inodes_that_can_not_be_mapped(run: Run, tmp_path: Path) -> None:
     image = handmade({b"bad": bad, b"good": hm.inline(b"x")})
     (tmp_path / "image").write_bytes(image)
     found = regions(run, tmp_path / "image")
-    assert [r["detail"].partition(":")[0] for r in found if r["what"] == "error"] == ["/bad"]
+    assert {r["detail"].partition(":")[0] for r in found if r["what"] == "error"} == {"/bad"}
     assert any(r["detail"].endswith(" /good") for r in found)

@@ -27,7 +27,8 @@ def build(tmp_path: Path) -> Path:
             b"a": directory(6, {b"b": (4, DIR), b"file": (2, FILE)}),
             b"link": symlink(b"a"),
             b"zz": hm.inline(b"x"),
-        }
+        },
+        hidden=[b".inner"],
     )
     (tmp_path / "image").write_bytes(image)
     return tmp_path / "image"
@@ -37,8 +38,6 @@ def test_drawing(run: Run, image: Path) -> None:
     assert run("tree", image).text == (
         "/\n"
         "|-- .file\n"
-        "|-- .inner\n"
-        "|   `-- deep\n"
         "|-- a\n"
         "|   |-- b\n"
         "|   |   `-- deep\n"
@@ -46,7 +45,7 @@ def test_drawing(run: Run, image: Path) -> None:
         "|-- link -> a\n"
         "`-- zz\n"
         "\n"
-        "3 directories, 6 files\n"
+        "2 directories, 5 files\n"
     )
 
 
@@ -76,7 +75,7 @@ def test_a_directory_inside_itself(run: Run, tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(handmade({b"a": directory(2, {b"again": (2, DIR)})}))
     done = run("tree", tmp_path / "image")
     assert done.status == 1
-    assert "directory inside itself (nid 2)" in done.err
+    assert "directory reached twice (nid 2)" in done.err
 
 
 def test_missing(run: Run) -> None:

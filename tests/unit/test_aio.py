@@ -506,6 +506,34 @@ def test_what_is_no_image_is_closed() -> None:
     trio.run(main)
 
 
+@pytest.mark.parametrize("error", [KeyError, pyerofs.NotFound, KeyboardInterrupt])
+def test_what_the_block_raises_comes_out_as_it_is(error: type[BaseException]) -> None:
+    """And not in a group of exceptions."""
+
+    async def main() -> None:
+        source = SilentSource(primary(golden("plain")))
+        with pytest.raises(error, match="mine"):
+            async with aio.open(source):
+                raise error("mine")
+        assert source.closed
+
+    trio.run(main)
+
+
+def test_the_block_may_be_cancelled() -> None:
+    async def main() -> None:
+        source = SilentSource(primary(golden("plain")))
+        with trio.CancelScope() as scope:
+            async with aio.open(source) as image:
+                assert await image.read("text")
+                scope.cancel()
+                await trio.sleep_forever()
+        assert scope.cancelled_caught
+        assert source.closed
+
+    trio.run(main)
+
+
 def test_an_image_that_is_not_there(tmp_path: Path) -> None:
     async def main() -> None:
         with pytest.raises(pyerofs.SourceError, match="absent"):
@@ -570,7 +598,7 @@ def test_a_hole_larger_than_memory_is_refused() -> None:
 
     async def main() -> None:
         async with aio.open(MemorySource(image)) as opened:
-            with pytest.raises(ValueError, match="at most"):
+            with pytest.raises(pyerofs.ErofsError, match="at most"):
                 await opened.read("hole")
             assert await opened.read("hole", 1 << 39, 5) == bytes(5)
 

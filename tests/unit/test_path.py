@@ -50,14 +50,15 @@ def linked_image() -> bytes:
         {
             b"file": hm.inline(b"one\ntwo\r\nthree"),  # nid 2
             b"zz-up": symlink(b"."),  # nid 4
-            b"deeper": directory(6, {b"c.txt": (2, FILE)}),
+            b".deeper": directory(6, {b"c.txt": (2, FILE)}),
             b"dir": directory(8, inner),
             b"to-dir": symlink(b"dir"),
             b"to-file": symlink(b"dir/../to-dir/a.txt"),
             b"dangling": symlink(b"nowhere"),
             b"loop": symlink(b"loop"),
             b"[ab]*?": hm.inline(b"special"),
-        }
+        },
+        hidden=[b".deeper"],
     )
 
 
