@@ -125,6 +125,7 @@ class AsyncImage:
             cache_size,
         )
         self._flights: dict[Hashable, Flight] = {}
+        self.memory.under_way = self._flights
         self._decoders = trio.CapacityLimiter(os.cpu_count() or 1)
 
     async def start(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from pyerofs.decompress import LZMA_MAX_DICT_SIZE, DecodeError, decode
@@ -294,6 +294,7 @@ class FaultingMemory(Memory):
         self._peeks = tuple(peeks)
         self.pins: dict[object, Buffer] = {}
         self.alone: Callable[[], bool] = lambda: False
+        self.under_way: Container[object] = ()  # keys of pclusters that somebody is decoding
 
     def _load(self, device: int, offset: int, length: int, window: bool) -> Buffer:
         if self.pins and (pinned := self.pins.get((device, offset, length))) is not None:
@@ -312,7 +313,7 @@ class FaultingMemory(Memory):
         pinned = self.pins.get(pcluster)
         if isinstance(pinned, bytes):
             return pinned
-        if not self.decodes_here(pcluster):
+        if pcluster[:5] in self.under_way or not self.decodes_here(pcluster):
             raise NotDecoded(pcluster)
         return self.decode(pcluster, self.encoded(pcluster))
 

@@ -99,11 +99,6 @@ def handmade(files: Mapping[bytes, bytes], **options: Any) -> bytes:
     return hm.Sparse(pieces).read_at(0, hm.end_of(pieces))
 
 
-def nid_at(block: int) -> int:
-    """The nid of the inode at the start of a block of a hand-made image."""
-    return (block * 4096 - hm.METADATA) // 32
-
-
 def symlink(target: bytes) -> bytes:
     """The inode of a symbolic link."""
     return hm.inline(target, mode=SYMLINK)

@@ -277,7 +277,7 @@ def test_glob(twins: Twins, pattern: str) -> None:
 def test_glob_of_any_depth_finds_directories(root: pyerofs.Path) -> None:
     """As pathlib did before Python 3.13, and ``**/`` does since."""
     found = sorted(str(path) for path in root.glob("**"))
-    assert found == ["/", "/deeper", "/dir", "/dir/deeper"]
+    assert found == ["/", "/dir", "/dir/deeper"]
 
 
 def test_glob_finds_links_to_nowhere(root: pyerofs.Path) -> None:
