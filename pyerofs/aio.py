@@ -277,8 +277,8 @@ class AsyncImage:
                 assert source is not None
                 try:
                     flight.result = self._read_and_decode(source, pcluster)
-                except ErofsError:
-                    continue  # the reader that gets there will see it
+                except Exception:  # whatever a source raises: the reader that gets there sees it
+                    continue
 
         try:
             await trio.to_thread.run_sync(work, limiter=self._decoders)
@@ -509,7 +509,8 @@ class AsyncFile:
         self.sequential = True  # how it was read lately
 
     def read_now(self, offset: int, length: int) -> Buffer:
-        """Like ``read_at`` where that need not wait; raises a Fault where it would."""
+        """Like ``read_at`` where that need not wait.  Raises a Fault where it would; then go on with
+        ``AsyncImage.read_data``, for this has taken note of the read."""
         self._foresee(offset, length)
         return data.read(self.image.volume, self.inode, offset, length)
 

@@ -77,8 +77,10 @@ class CompressionMap:
         "running",
         "tail_head",
         "total",
+        "whole",
     )
 
+    whole: bool  # the whole file is a fragment: there is no index
     advise: int
     lcluster_bits: int
     algorithms: tuple[int, int]  # HEAD1, HEAD2

@@ -92,7 +92,8 @@ def header(vol: Volume, inode: Inode) -> CompressionMap:
     z.fragment = z.tail_head = -1
     z.pack = (-1, 0)
     z.last = None
-    if h.h_clusterbits >> ondisk.FRAGMENT_INODE_BIT:  # the whole file lies in the packed inode
+    z.whole = bool(h.h_clusterbits >> ondisk.FRAGMENT_INODE_BIT)
+    if z.whole:
         address = int.from_bytes(buffer[pos : pos + 8], "little") ^ 1 << 63
         z.last = Extent(0, inode.size, FRAGMENT, address=address)
         inode.zmap = z
@@ -158,9 +159,8 @@ def index_range(vol: Volume, inode: Inode) -> tuple[int, int]:
     """Where a compressed file's map header starts and its index ends, as offsets on its device."""
     z = inode.zmap or header(vol, inode)
     start = (inode.data + 7) & ~7
-    if z.last is not None and z.last.kind == FRAGMENT and not z.last.start:
-        # the whole file is a fragment; mkfs leaves an index that is not used in the inode's slot
-        return start, (start + 8 + 31) & ~31
+    if z.whole:
+        return start, start + 16  # mkfs leaves 8 bytes of an index that it has given up
     if z.record_size > 8:
         return start, z.base + z.extents * z.record_size
     if z.record_size:

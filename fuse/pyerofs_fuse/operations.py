@@ -424,7 +424,7 @@ class Operations(pyfuse3.Operations):
             except Fault:
                 if not self._image.local:
                     return  # opening alone must not fetch from afar
-                found = await self._wait(file.read_at(0, inode.size))
+                found = await self._wait(self._image.read_data(inode, 0, inode.size))
             if self._opened[inode.nid] == 1:
                 pyfuse3.notify_store(node, 0, found)  # type: ignore[arg-type]
                 if len(self._stored) >= MAX_STORED:
@@ -446,7 +446,7 @@ class Operations(pyfuse3.Operations):
         try:
             found: Buffer = file.read_now(off, size)
         except Fault:
-            found = await self._wait(file.read_at(off, size))
+            found = await self._wait(self._image.read_data(file.inode, off, size))
         if not file.sequential:
             file.push_rest(off, off + size)
         return found

@@ -26,7 +26,7 @@ MAX_OCTAL_11 = 0o77777777777
 
 
 def tar(args: argparse.Namespace) -> int:
-    """Write the stream; exit status 1 if sockets, which tar can't hold, had to be left out."""
+    """Write the stream.  Sockets, which tar can't hold, are left out and counted on stderr."""
     with open_image(args) as image:
         if args.output is None:
             with open(os.dup(sys.stdout.fileno()), "wb", buffering=PIECE) as stdout:
