@@ -15,7 +15,7 @@ import pyfuse3
 import trio
 
 import pyerofs.aio
-from pyerofs.errors import ErofsError
+from pyerofs.errors import CorruptImage, ErofsError, UnsupportedFeature
 from pyerofs_fuse import eager
 from pyerofs_fuse.daemon import Report
 from pyerofs_fuse.operations import GRACE, Operations
@@ -51,6 +51,8 @@ async def serve(options: Options, report: Report) -> None:
                     await _run(operations, signals, report, options.mountpoint)
                 finally:
                     pyfuse3.close()
+    except (CorruptImage, UnsupportedFeature) as e:
+        report.failed(f"{options.image}: {e}")
     except (ErofsError, MountError) as e:
         report.failed(str(e))
 

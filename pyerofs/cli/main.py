@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from pyerofs import __version__
-from pyerofs.errors import ErofsError
+from pyerofs.errors import CorruptImage, ErofsError, UnsupportedFeature
 from pyerofs.units import parse_size
 
 EPILOG = """\
@@ -129,6 +129,9 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         status: int = getattr(module, args.verb)(args)
         sys.stdout.flush()
+    except (CorruptImage, UnsupportedFeature) as e:
+        print(f"pyerofs: {args.image}: {e}", file=sys.stderr)
+        return 1
     except ErofsError as e:
         print(f"pyerofs: {e}", file=sys.stderr)
         return 1
