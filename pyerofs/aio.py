@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Protocol, TypeVar, TypeVarTuple
+from typing import TypeVar, TypeVarTuple
 
 import trio
 
@@ -46,7 +46,7 @@ MAX_FAULTS = 1024  # of one parser call: a path through forty directories needs 
 MAX_PINNED = 256 << 20  # bytes held for one parser call
 MAX_PIECES = 32  # extents of one read that are fetched and decoded at the same time
 AHEAD = 4 << 20  # bytes that are decoded ahead of a sequential reader
-BATCH_NS = 1_000_000  # of decoding that make one job for a thread when decoding ahead
+BATCH_NS = 3_000_000  # of decoding that make one job for a thread when decoding ahead
 MAX_BATCHES = 8  # jobs ahead of all readers together
 
 
@@ -89,13 +89,6 @@ class Flight:
         self.done = trio.Event()
         self.result: Buffer | None = None
         self.error: ErofsError | None = None
-
-
-class Sink(Protocol):
-    """Somebody who wants to know what is decoded ahead; called by the event loop."""
-
-    def decoded(self, extent: Extent, found: bytes) -> None:
-        """An extent's pcluster has been decoded."""
 
 
 class AsyncImage:
@@ -221,19 +214,16 @@ class AsyncImage:
         encoded = source.read_at(pcluster.address, pcluster.size)
         return self.memory.decode(pcluster, encoded)
 
-    def decode_ahead(
-        self, inode: Inode, offset: int, length: int, sink: Sink | None = None
-    ) -> None:
+    def decode_ahead(self, inode: Inode, offset: int, length: int) -> None:
         """Start decoding a range in the background, in worker threads.  Best effort: what can't be
         found out without waiting, what is too much for now, and what decodes faster than a thread
-        is told to do it are left out; errors are kept for whoever reads there.
-
-        ``sink``, where given, is told of each pcluster of the range that is decoded."""
+        is told to do it are left out; errors are kept for whoever reads there."""
         try:
             found = self._map(inode, offset, length)
         except (Fault, ErofsError):
             return
-        batch: list[tuple[Extent, Pcluster]] = []
+        self._will_need(found)
+        batch: list[Pcluster] = []
         asked: set[Hashable] = set()  # extents may share a pcluster
         cost = 0.0
         for extent in found:
@@ -244,35 +234,47 @@ class AsyncImage:
                 continue
             if self._sources[pcluster.device].blocking is None:
                 continue
-            if (known := self.memory.pclusters.get(pcluster[:5])) is not None:
-                if sink is not None:
-                    sink.decoded(extent, known)
-                continue
             key = pcluster[:5]
-            if key in asked or key in self._flights or self._batches >= MAX_BATCHES:
+            if key in asked or key in self._flights or self.memory.holds(pcluster):
                 continue
+            if self._batches >= MAX_BATCHES:
+                break
             asked.add(key)
-            batch.append((extent, pcluster))
+            batch.append(pcluster)
             cost += decode_ns(pcluster)
             if cost >= BATCH_NS:
-                self._start_batch(batch, sink)
+                self._start_batch(batch)
                 batch, cost = [], 0.0
         if batch:
-            self._start_batch(batch, sink)
+            self._start_batch(batch)
 
-    def _start_batch(self, batch: list[tuple[Extent, Pcluster]], sink: Sink | None) -> None:
+    def _will_need(self, found: list[Extent]) -> None:
+        """Tell the sources which ranges are wanted soon: one for each row of neighbours."""
+        row: tuple[int, int, int] | None = None  # device, start, end
+        for extent in found:
+            if extent.kind not in (ENCODED, PLAIN) or extent.device < 0:
+                continue
+            end = extent.address + (extent.size or extent.length)
+            if row is not None and row[0] == extent.device and row[2] == extent.address:
+                row = (row[0], row[1], end)
+                continue
+            if row is not None:
+                self._sources[row[0]].will_need(row[1], row[2] - row[1])
+            row = (extent.device, extent.address, end)
+        if row is not None:
+            self._sources[row[0]].will_need(row[1], row[2] - row[1])
+
+    def _start_batch(self, batch: list[Pcluster]) -> None:
         flights = []
-        for extent, pcluster in batch:
+        for pcluster in batch:
             flight = self._flights[pcluster[:5]] = Flight()
-            flights.append((extent, pcluster, flight))
+            flights.append((pcluster, flight))
         self._batches += 1
-        self._nursery.start_soon(self._run_batch, flights, sink)
+        self._nursery.start_soon(self._run_batch, flights)
 
-    async def _run_batch(
-        self, batch: list[tuple[Extent, Pcluster, Flight]], sink: Sink | None
-    ) -> None:
+    async def _run_batch(self, batch: list[tuple[Pcluster, Flight]]) -> None:
         def work() -> None:
-            for _, pcluster, flight in batch:
+            for pcluster, flight in batch:
                 source = self._sources[pcluster.device].blocking
                 assert source is not None
                 try:
@@ -284,13 +286,9 @@ class AsyncImage:
             await trio.to_thread.run_sync(work, limiter=self._decoders)
         finally:
             self._batches -= 1
-            for _, pcluster, flight in batch:
+            for pcluster, flight in batch:
                 del self._flights[pcluster[:5]]
                 flight.done.set()
-        if sink is not None:
-            for extent, _, flight in batch:
-                if isinstance(flight.result, bytes):
-                    sink.decoded(extent, flight.result)
 
     async def _once(
         self, key: Hashable, get: Callable[[], Awaitable[T]], enough: Callable[[T], bool]
@@ -538,11 +536,7 @@ class AsyncFile:
         start = max(self._ahead, end)
         if start - end < window // 2 and start < inode.size:
             self._ahead = min(start + window, inode.size)
-            self.expect(start, self._ahead - start)
-
-    def expect(self, offset: int, length: int) -> None:
-        """Called when a range will probably be read soon."""
-        self.image.decode_ahead(self.inode, offset, length)
+            self.image.decode_ahead(inode, start, self._ahead - start)
 
     async def read(self, length: int = -1) -> bytes:
         """Up to ``length`` bytes at the cursor (all that is left by default), which moves on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import logging
@@ -24,6 +25,7 @@ from pyerofs_fuse.options import Options, fuse_words
 log = logging.getLogger("pyerofs-fuse")
 
 READ_AHEAD_KB = 1024
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 class MountError(Exception):
@@ -46,6 +48,7 @@ async def serve(options: Options, report: Report) -> None:
                 try:
                     idle = eager.enable(lambda: operations.waiting > 0)
                     image.memory.alone = lambda: operations.waiting <= 1 and idle()
+                    tune()
                     gc.collect()
                     gc.freeze()  # what start-up made stays; no need to look at it again and again
                     await _run(operations, signals, report, options.mountpoint)
@@ -79,6 +82,18 @@ def _explain(text: str) -> str:
     if any("user_allow_other" in line for line in lines):
         return "allow_other needs the line user_allow_other in /etc/fuse.conf (or root)"
     return lines[0] if lines else "can't be mounted (libfuse gives no reason)"
+
+
+def tune() -> None:
+    """Fit the interpreter and the allocator to a daemon that hands out large buffers all the time."""
+    sys.setswitchinterval(2e-4)  # a decoder that is done waits no longer than a request takes
+    try:
+        libc = ctypes.CDLL(None)
+        # keep freed buffers instead of giving them back, which costs a page fault for each page
+        libc.mallopt(M_TRIM_THRESHOLD, 256 << 20)
+        libc.mallopt(M_MMAP_THRESHOLD, 64 << 20)
+    except (OSError, AttributeError):
+        pass  # another C library
 
 
 def read_ahead(mountpoint: str) -> None:

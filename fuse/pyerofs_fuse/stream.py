@@ -1,8 +1,8 @@
-"""Files as the mount reads them: what a reader will want next goes to the kernel by itself.
+"""Files as the mount reads them: what had to be decoded anyway goes to the kernel.
 
-After a random read, that is the rest of the pcluster which had to be decoded for it; for a sequential
-reader, what the worker threads decode ahead of it.  (Where decoding is so cheap that they are not
-asked, as with LZ4, a thread that decoded and pushed was slower than the READs it avoided.)
+After a random read, the rest of the pcluster that had to be decoded for it is pushed into the page
+cache, so that later reads there need no request.  Sequential readers are left to READs: with a
+read-ahead of 1 MiB the kernel asks sooner than a thread could push.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Streamer:
 
 
 class StreamedFile(AsyncFile):
-    """An open file of a mount; a Sink for what is decoded ahead of it."""
+    """An open file of a mount."""
 
     __slots__ = ("_node", "_streamer")
 
@@ -43,13 +43,6 @@ class StreamedFile(AsyncFile):
         super().__init__(streamer.image, inode)
         self._streamer = streamer
         self._node = node
-
-    def expect(self, offset: int, length: int) -> None:
-        self.image.decode_ahead(self.inode, offset, length, self)
-
-    def decoded(self, extent: Extent, found: bytes) -> None:
-        if self._streamer.first_time(self._node, extent):
-            self._push(extent.start, memoryview(found)[: extent.length])
 
     def push_rest(self, start: int, end: int) -> None:
         """After a random read of ``[start, end)``, push the rest of the pcluster it lies in."""

@@ -54,6 +54,9 @@ class AsyncSource(Protocol):
     def peek(self, offset: int, length: int) -> Buffer | None:
         """The bytes if they can be had without waiting."""
 
+    def will_need(self, offset: int, length: int) -> None:
+        """A hint that a range is wanted soon.  Never blocks or raises; may do nothing."""
+
     @property
     def blocking(self) -> Source | None:
         """The same bytes for worker threads, where that costs nothing; else None."""

@@ -83,6 +83,13 @@ class FileSource:
             raise SourceError(f"{self.name}: read at {offset}: {e.strerror}") from None
         return data
 
+    def will_need(self, offset: int, length: int) -> None:
+        """Have the kernel start reading a range from the disk."""
+        try:
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            pass  # only a hint
+
     def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:

@@ -27,5 +27,10 @@ class SliceSource:
         check_range(self.name, self.size, offset, length)
         return self._inner.read_at(self._offset + offset, length)
 
+    def will_need(self, offset: int, length: int) -> None:
+        hint = getattr(self._inner, "will_need", None)
+        if hint is not None:
+            hint(self._offset + offset, length)
+
     def close(self) -> None:
         self._inner.close()

@@ -22,11 +22,16 @@ class ThreadedSource:
         self.blocking: Source | None = _Timed(source)
         self._source = source
         self._timed = self.blocking
+        self._hint = getattr(source, "will_need", None)
         self._limiter = trio.CapacityLimiter(MAX_THREADS)
 
     @property
     def quick(self) -> bool:
         return self._timed.latency < QUICK
+
+    def will_need(self, offset: int, length: int) -> None:
+        if self._hint is not None:
+            self._hint(offset, length)
 
     async def read_at(self, offset: int, length: int) -> Buffer:
         """Read in a worker thread.  When cancelled, the thread is left to finish on its own."""
