@@ -12,6 +12,7 @@ caches are bounded in bytes.  This module knows sources and the decoder, and not
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
 from typing import Generic, NamedTuple, TypeVar
@@ -119,7 +120,7 @@ class ByteCache(Generic[Key, Value]):
 PclusterKey = tuple[int, int, int, int, int]  # the first five fields of a Pcluster
 
 
-class Memory:
+class Memory(ABC):
     """Common to both kinds: the windows, the decoded pclusters and how to look into them."""
 
     def __init__(self, sizes: Sequence[int], names: Sequence[str], cache_size: int) -> None:
@@ -241,11 +242,13 @@ class Memory:
     def _name(self, device: int) -> str:
         return "the metabox" if device == METABOX else self._names[device]
 
+    @abstractmethod
     def _load(self, device: int, offset: int, length: int, window: bool) -> Buffer:
-        raise NotImplementedError
+        """Bytes of a device that are not in memory; ``window`` if they are to be kept."""
 
+    @abstractmethod
     def _decode(self, pcluster: Pcluster) -> bytes:
-        raise NotImplementedError
+        """A pcluster that is not in the cache."""
 
 
 class BlockingMemory(Memory):

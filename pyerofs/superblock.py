@@ -98,35 +98,7 @@ def load(read: Reader, available: int) -> Superblock:
     """Read and check the superblock.  ``read(offset, length)`` reads the primary device, which has
     ``available`` bytes.  Raises CorruptImage or UnsupportedFeature."""
     base = ondisk.SUPER_OFFSET
-    if available < base + ondisk.SUPER_BASE_SIZE:
-        raise CorruptImage(f"only {available} bytes, too short for a superblock", offset=0)
-    head = bytes(read(base, min(ondisk.SUPERBLOCK.size, available - base)))
-    head = head.ljust(ondisk.SUPERBLOCK.size, b"\0")
-    raw = ondisk.SuperBlock._make(ondisk.SUPERBLOCK.unpack(head))
-    if raw.magic != ondisk.SUPER_MAGIC:
-        raise CorruptImage(
-            "no EROFS superblock (is it another file system, or does it need --offset?)",
-            offset=base,
-        )
-    if not ondisk.MIN_BLKSZBITS <= raw.blkszbits <= ondisk.MAX_BLKSZBITS:
-        raise CorruptImage(f"block size of 2^{raw.blkszbits} bytes", offset=base + 12)
-    unknown = raw.feature_incompat & ~ondisk.ALL_INCOMPAT
-    if unknown:
-        raise UnsupportedFeature(
-            f"the image needs unknown incompatible features {unknown:#x}; use a newer pyerofs"
-        )
-    size = ondisk.SUPER_BASE_SIZE + raw.sb_extslots * ondisk.SB_EXTSLOT_SIZE
-    if base + size > available:
-        raise CorruptImage(f"superblock of {size} bytes in an image of {available}", offset=base)
-    if size < ondisk.SUPERBLOCK.size:  # fields beyond the end are not there
-        raw = ondisk.SuperBlock._make(
-            ondisk.SUPERBLOCK.unpack(head[:size].ljust(ondisk.SUPERBLOCK.size, b"\0"))
-        )
-    if raw.feature_compat & ondisk.COMPAT_SB_CHKSUM:
-        _verify_checksum(read, available, raw)
-    if raw.blkszbits + raw.dirblkbits > ondisk.MAX_BLKSZBITS + 4:
-        raise CorruptImage(f"directory blocks of 2^{raw.dirblkbits} blocks", offset=base + 90)
-
+    raw, size = _load_record(read, available)
     if not -MAX_TIME < raw.epoch < MAX_TIME or raw.fixed_nsec >= 1_000_000_000:
         raise CorruptImage(f"time {raw.epoch} s + {raw.fixed_nsec} ns", offset=base + 24)
     wide = bool(raw.feature_incompat & ondisk.INCOMPAT_48BIT)
@@ -176,6 +148,40 @@ def load(read: Reader, available: int) -> Superblock:
         devices=_load_devices(read, raw, wide),
         **configs,
     )
+
+
+def _load_record(read: Reader, available: int) -> tuple[ondisk.SuperBlock, int]:
+    """The record and its size, extension slots included; the first checks."""
+    base = ondisk.SUPER_OFFSET
+    if available < base + ondisk.SUPER_BASE_SIZE:
+        raise CorruptImage(f"only {available} bytes, too short for a superblock", offset=0)
+    head = bytes(read(base, min(ondisk.SUPERBLOCK.size, available - base)))
+    head = head.ljust(ondisk.SUPERBLOCK.size, b"\0")
+    raw = ondisk.SuperBlock._make(ondisk.SUPERBLOCK.unpack(head))
+    if raw.magic != ondisk.SUPER_MAGIC:
+        raise CorruptImage(
+            "no EROFS superblock (is it another file system, or does it need --offset?)",
+            offset=base,
+        )
+    if not ondisk.MIN_BLKSZBITS <= raw.blkszbits <= ondisk.MAX_BLKSZBITS:
+        raise CorruptImage(f"block size of 2^{raw.blkszbits} bytes", offset=base + 12)
+    unknown = raw.feature_incompat & ~ondisk.ALL_INCOMPAT
+    if unknown:
+        raise UnsupportedFeature(
+            f"the image needs unknown incompatible features {unknown:#x}; use a newer pyerofs"
+        )
+    size = ondisk.SUPER_BASE_SIZE + raw.sb_extslots * ondisk.SB_EXTSLOT_SIZE
+    if base + size > available:
+        raise CorruptImage(f"superblock of {size} bytes in an image of {available}", offset=base)
+    if size < ondisk.SUPERBLOCK.size:  # fields beyond the end are not there
+        raw = ondisk.SuperBlock._make(
+            ondisk.SUPERBLOCK.unpack(head[:size].ljust(ondisk.SUPERBLOCK.size, b"\0"))
+        )
+    if raw.feature_compat & ondisk.COMPAT_SB_CHKSUM:
+        _verify_checksum(read, available, raw)
+    if raw.blkszbits + raw.dirblkbits > ondisk.MAX_BLKSZBITS + 4:
+        raise CorruptImage(f"directory blocks of 2^{raw.dirblkbits} blocks", offset=base + 90)
+    return raw, size
 
 
 def _verify_checksum(read: Reader, available: int, raw: ondisk.SuperBlock) -> None:

@@ -6,7 +6,8 @@ import argparse
 from datetime import UTC, datetime
 from typing import Any
 
-from pyerofs import ondisk
+from pyerofs import inode as inodes
+from pyerofs import ondisk, tree, xattr
 from pyerofs.cli.common import open_image, print_json
 from pyerofs.image import Image
 from pyerofs.model import Inode
@@ -38,6 +39,7 @@ def info(args: argparse.Namespace) -> int:
 def describe(image: Image) -> dict[str, Any]:
     """The facts, ready for JSON."""
     sb = image.superblock
+    digest = xattr.digest_prefix(image.volume)
     return {
         "volume name": sb.volume_name.decode("utf-8", "surrogateescape"),
         "uuid": str(sb.uuid),
@@ -53,6 +55,7 @@ def describe(image: Image) -> dict[str, Any]:
         "metadata block": sb.meta_blkaddr,
         "shared xattr block": sb.xattr_blkaddr,
         "xattr prefixes": sb.xattr_prefix_count,
+        "digest xattr": None if digest is None else digest.decode("utf-8", "surrogateescape"),
         "checksum": f"{sb.checksum:#010x}"
         if sb.feature_compat & ondisk.COMPAT_SB_CHKSUM
         else None,
@@ -94,9 +97,7 @@ def _statistics(image: Image) -> dict[str, Any]:
             if inode.nid in seen:
                 return
             seen.add(inode.nid)
-        from pyerofs.tree import file_type
-
-        kind = file_type(inode)
+        kind = tree.file_type(inode)
         types[kind] = types.get(kind, 0) + 1
         if not (inode.is_file or inode.is_dir or inode.is_symlink):
             return
@@ -112,6 +113,9 @@ def _statistics(image: Image) -> dict[str, Any]:
     for _, directories, others in image.walk():
         for entry in directories + others:
             count(entry.inode)
+    if image.superblock.packed_nid:  # fragments: what files have there counts with the files
+        packed = inodes.load(image.volume, image.superblock.packed_nid)
+        encoded += packed.blocks * image.superblock.block_size if packed.is_compressed else 0
     found: dict[str, Any] = {f"{k} count": n for k, n in sorted(types.items())}
     found |= {f"{k} layout": n for k, n in sorted(layouts.items())}
     found["uncompressed files"] = format_size(plain)
