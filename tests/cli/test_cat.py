@@ -63,5 +63,5 @@ def test_corrupt_data(run: Run, tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(data)
     done = run("cat", tmp_path / "image", "text")
     assert (done.status, done.out) == (1, b"")
-    assert done.err.startswith("pyerofs: corrupt image: pcluster: zstd")
+    assert done.err.startswith(f"pyerofs: {tmp_path / 'image'}: corrupt image: pcluster: zstd")
     assert f"offset {at:#x}" in done.err

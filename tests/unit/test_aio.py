@@ -150,6 +150,9 @@ class FarSource:
     def peek(self, offset: int, length: int) -> Buffer | None:
         return None
 
+    def will_need(self, offset: int, length: int) -> None:
+        pass
+
     async def read_at(self, offset: int, length: int) -> Buffer:
         check_range(self.name, self.size, offset, length)
         self.requests.append((offset, length))
