@@ -34,10 +34,15 @@ PLAIN = words(golden("plain"))
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
+def paths_below(top: Path) -> list[Path]:
+    """All paths below a directory.  Path.rglob of Python 3.11.2 trips over links of 4000 bytes."""
+    return [Path(d, name) for d, ds, fs in os.walk(top) for name in ds + fs]
+
+
 def everything_below(top: Path) -> dict[str, bytes | str]:
     """A fingerprint of a tree: contents and link targets by path."""
     found: dict[str, bytes | str] = {}
-    for path in sorted(top.rglob("*")):
+    for path in sorted(paths_below(top)):
         kind = stat.S_IFMT(path.lstat().st_mode)
         if kind == stat.S_IFREG:
             found[str(path.relative_to(top))] = path.read_bytes()
@@ -358,7 +363,7 @@ def test_a_full_disk(run: Run, tmp_path: Path) -> None:
         assert done.status == 1
         assert "No space left on device" in done.err
         want = golden("plain")
-        for path in small.rglob("*"):
+        for path in paths_below(small):
             expected = want.entries[str(path.relative_to(small))]
             if "sha256" in expected:
                 assert hashlib.sha256(path.read_bytes()).hexdigest() == expected["sha256"]
