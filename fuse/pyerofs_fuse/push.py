@@ -13,10 +13,7 @@ import threading
 
 import pyfuse3
 
-from pyerofs.sources.base import Buffer
-
 MAX_QUEUED = 256  # pieces: some MiB, of which most are in the cache of decoded data anyway
-MAX_PARTIAL = 64  # pages of which only a part has come yet
 PAGE = 4096
 
 Job = tuple[int, int, int, memoryview]  # node, offset, file size, data
@@ -29,11 +26,10 @@ class Pusher:
         self._queue: queue.Queue[Job | None] = queue.Queue(MAX_QUEUED)
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._partial: dict[tuple[int, int], list[Buffer | int]] = {}
 
     def push(self, node: int, offset: int, size: int, data: memoryview) -> bool:
-        """Store ``data`` at ``offset`` of a node whose file has ``size`` bytes.  A page is stored
-        once all of it is known: pieces need not be aligned.  False if there is too much to do."""
+        """Store the whole pages of ``data``, which lies at ``offset`` of a node whose file has
+        ``size`` bytes.  False if there is too much to do."""
         if self._stopping:
             return False
         if self._thread is None:
@@ -70,30 +66,6 @@ class Pusher:
     def _store(self, node: int, offset: int, size: int, data: memoryview) -> None:
         end = offset + len(data)
         first = (offset + PAGE - 1) & -PAGE
-        last = end if end >= size else end & -PAGE
+        last = end if end >= size else end & -PAGE  # a file's last page may be short
         if first < last:
             pyfuse3.notify_store(node, first, data[first - offset : last - offset])  # type: ignore[arg-type]
-        if offset < first:
-            self._part(node, offset, data[: min(first, end) - offset], size)
-        if max(last, first) < end:
-            self._part(node, max(last, first), data[max(last, first) - offset :], size)
-
-    def _part(self, node: int, offset: int, data: memoryview, size: int) -> None:
-        """Keep a part of a page, and store the page when its parts are complete."""
-        start = offset & -PAGE
-        whole = min(PAGE, size - start)
-        key = (node, start)
-        held = self._partial.pop(key, None)
-        if held is None:
-            held = [bytearray(whole), 0]
-        page, have = held
-        assert isinstance(page, bytearray)
-        assert isinstance(have, int)
-        page[offset - start : offset - start + len(data)] = data
-        have += len(data)
-        if have >= whole:
-            pyfuse3.notify_store(node, start, page)  # type: ignore[arg-type]
-            return
-        if len(self._partial) >= MAX_PARTIAL:
-            del self._partial[next(iter(self._partial))]
-        self._partial[key] = [page, have]
