@@ -15,14 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyerofs.errors import (
+        AuthenticationError,
+        ChangedError,
         CorruptImage,
         ErofsError,
+        IntegrityError,
         IsADirectory,
         NoSuchXattr,
         NotADirectory,
         NotAFile,
         NotASymlink,
         NotFound,
+        RegistryError,
         SourceError,
         TooManySymlinks,
         TruncatedRead,
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from pyerofs.image import DirEntry, Image, open
     from pyerofs.model import Extent, Inode
     from pyerofs.path import Path
+    from pyerofs.sources.spec import Access, SourceSpec, VeritySpec
     from pyerofs.superblock import Device, Superblock
     from pyerofs.tree import Stat
 
@@ -38,19 +43,23 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "errors": (
-        "CorruptImage", "ErofsError", "IsADirectory", "NoSuchXattr", "NotADirectory", "NotAFile",
-        "NotASymlink", "NotFound", "SourceError", "TooManySymlinks", "TruncatedRead",
-        "UnsupportedFeature",
+        "AuthenticationError", "ChangedError", "CorruptImage", "ErofsError", "IntegrityError",
+        "IsADirectory", "NoSuchXattr", "NotADirectory", "NotAFile", "NotASymlink", "NotFound",
+        "RegistryError", "SourceError", "TooManySymlinks", "TruncatedRead", "UnsupportedFeature",
     ),
     "image": ("DirEntry", "Image", "open"),
     "model": ("Extent", "Inode"),
     "path": ("Path",),
+    "sources.spec": ("Access", "SourceSpec", "VeritySpec"),
     "superblock": ("Device", "Superblock"),
     "tree": ("Stat",),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Access",
+    "AuthenticationError",
+    "ChangedError",
     "CorruptImage",
     "Device",
     "DirEntry",
@@ -58,6 +67,7 @@ __all__ = [
     "Extent",
     "Image",
     "Inode",
+    "IntegrityError",
     "IsADirectory",
     "NoSuchXattr",
     "NotADirectory",
@@ -65,12 +75,15 @@ __all__ = [
     "NotASymlink",
     "NotFound",
     "Path",
+    "RegistryError",
     "SourceError",
+    "SourceSpec",
     "Stat",
     "Superblock",
     "TooManySymlinks",
     "TruncatedRead",
     "UnsupportedFeature",
+    "VeritySpec",
     "open",
 ]
 

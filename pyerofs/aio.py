@@ -13,15 +13,15 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import TypeVar, TypeVarTuple
+from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 
 from pyerofs import data, directory, superblock, tree
 from pyerofs import inode as inodes
-from pyerofs.errors import ErofsError, NotADirectory, NotFound, TooManySymlinks
+from pyerofs.errors import ErofsError, IntegrityError, NotADirectory, NotFound, TooManySymlinks
 from pyerofs.extent import extents
-from pyerofs.image import Openable, Target
+from pyerofs.image import Target
 from pyerofs.memory import (
     DEFAULT_CACHE_SIZE,
     Fault,
@@ -34,8 +34,8 @@ from pyerofs.memory import (
 )
 from pyerofs.model import ENCODED, FRAGMENT, PLAIN, Dirent, Extent, Inode
 from pyerofs.sources.base import AsyncSource, Buffer, Source
-from pyerofs.sources.open import open_sources
-from pyerofs.sources.threaded import ThreadedSource
+from pyerofs.sources.open import Openable, named, open_one
+from pyerofs.sources.spec import Access
 from pyerofs.tree import PathLike, Stat
 from pyerofs.volume import Volume
 
@@ -46,6 +46,7 @@ MAX_FAULTS = 1024  # of one parser call: a path through forty directories needs 
 MAX_PINNED = 256 << 20  # bytes held for one parser call
 MAX_PIECES = 32  # extents of one read that are fetched and decoded at the same time
 AHEAD = 4 << 20  # bytes that are decoded ahead of a sequential reader
+INODE_SIZE = 64  # and what usually follows an inode lies in the same window
 BATCH_NS = 3_000_000  # of decoding that make one job for a thread when decoding ahead
 MAX_BATCHES = 8  # jobs ahead of all readers together
 
@@ -57,15 +58,19 @@ async def open(
     offset: int = 0,
     devices: Sequence[Openable] = (),
     cache_size: int = DEFAULT_CACHE_SIZE,
+    access: Access | None = None,
 ) -> AsyncIterator[AsyncImage]:
     """Open an EROFS image for the time of an ``async with`` block.
 
     The arguments and errors are those of ``pyerofs.open``."""
-    opened = [ThreadedSource(s) for s in open_sources(what, offset, devices)]
+    access = access or Access()
+    opened: list[AsyncSource] = []
     try:
         failed: BaseException | None = None
         async with trio.open_nursery() as nursery:
             try:
+                for item in named(what, offset, devices):
+                    opened.append(await open_one(item, access, nursery))  # noqa: PERF401
                 image = AsyncImage(opened, nursery, cache_size)
                 await image.start()
                 yield image
@@ -110,7 +115,7 @@ class AsyncImage:
         self._nursery = nursery
         self._batches = 0
         self.ahead = min(AHEAD, cache_size // 8)
-        self.local = all(s.blocking is not None for s in sources)
+        self.far = not self.local  # when it was opened
         self.memory = FaultingMemory(
             [s.peek for s in sources],
             [s.size for s in sources],
@@ -134,6 +139,15 @@ class AsyncImage:
     @property
     def superblock(self) -> superblock.Superblock:
         return self.volume.sb
+
+    @property
+    def local(self) -> bool:
+        """Whether all bytes are on this machine, for now."""
+        return all(s.blocking is not None for s in self._sources)
+
+    def status(self) -> list[dict[str, Any]]:
+        """What each source has to say of itself; see ``AsyncSource.status``."""
+        return [s.status() for s in self._sources]
 
     # the page-fault loop ----------------------------------------------------------------
 
@@ -199,9 +213,12 @@ class AsyncImage:
             elif source.blocking is None or (source.quick and memory.alone()):
                 encoded = await self._fetch(e.device, e.offset, e.length)
             else:  # one trip to a thread for both
-                return await trio.to_thread.run_sync(
-                    self._read_and_decode, source.blocking, pcluster, limiter=self._decoders
-                )
+                try:
+                    return await trio.to_thread.run_sync(
+                        self._read_and_decode, source.blocking, pcluster, limiter=self._decoders
+                    )
+                except IntegrityError:  # a spoiled cache: what is not there is fetched anew
+                    encoded = await self._fetch(e.device, e.offset, e.length)
         except Fault:
             encoded = await self.call(memory.encoded, pcluster)
         if memory.decodes_here(pcluster):
@@ -222,7 +239,7 @@ class AsyncImage:
             found = self._map(inode, offset, length)
         except (Fault, ErofsError):
             return
-        self._will_need(found)
+        self._hint(found)
         batch: list[Pcluster] = []
         asked: set[Hashable] = set()  # extents may share a pcluster
         cost = 0.0
@@ -248,7 +265,17 @@ class AsyncImage:
         if batch:
             self._start_batch(batch)
 
-    def _will_need(self, found: list[Extent]) -> None:
+    async def will_need(self, inode: Inode, offset: int, length: int) -> None:
+        """Have the sources fetch the data of a range soon, as far as they do such things."""
+        self._hint(await self.call(self._map, inode, offset, length))
+
+    def inode_needed(self, nid: int) -> None:
+        """The same for an inode itself."""
+        device, offset = self.volume.inode_position(nid)
+        if device >= 0:
+            self._sources[device].will_need(offset, INODE_SIZE)
+
+    def _hint(self, found: list[Extent]) -> None:
         """Tell the sources which ranges are wanted soon: one for each row of neighbours."""
         row: tuple[int, int, int] | None = None  # device, start, end
         for extent in found:
@@ -530,7 +557,7 @@ class AsyncFile:
         self._next = max(self._next, end)
         self.sequential = True
         inode = self.inode
-        if not offset or end >= inode.size or not inode.is_compressed:
+        if not offset or end >= inode.size or not (inode.is_compressed or self.image.far):
             return
         window = self.image.ahead
         start = max(self._ahead, end)

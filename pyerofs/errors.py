@@ -13,6 +13,10 @@
           +-- NoSuchXattr           no extended attribute of that name
           +-- SourceError           the bytes behind the image could not be had
                +-- TruncatedRead    the source ended before the bytes that were asked for
+               +-- IntegrityError   bytes that contradict a digest, a checksum or a dm-verity tree
+               +-- ChangedError     the image changed on its server while it was being read
+               +-- RegistryError    a registry or an OCI layout lacks what was asked for
+               +-- AuthenticationError   a server refuses us, or our credentials
 
 Every message is one line that says what, where and, if something can be done, what to do.
 This module imports nothing of the package.
@@ -123,3 +127,19 @@ class SourceError(ErofsError):
 
 class TruncatedRead(SourceError):
     """A source ended before the bytes that were asked for."""
+
+
+class IntegrityError(SourceError):
+    """Bytes are not those that a digest, checksum or hash tree says they must be."""
+
+
+class ChangedError(SourceError):
+    """What a URL leads to is no longer what it was when the image was opened."""
+
+
+class RegistryError(SourceError):
+    """A registry, index or manifest has not got what was asked for, or makes no sense."""
+
+
+class AuthenticationError(SourceError):
+    """A server asks for credentials, or refuses those it got."""

@@ -9,7 +9,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import BinaryIO, TypeAlias
+from typing import TypeAlias
 
 from pyerofs import data, extent, superblock, tree
 from pyerofs import inode as inodes
@@ -17,12 +17,12 @@ from pyerofs.errors import NotADirectory, NotFound, TooManySymlinks
 from pyerofs.memory import DEFAULT_CACHE_SIZE, BlockingMemory
 from pyerofs.model import Dirent, Extent, Inode
 from pyerofs.sources.base import Source
-from pyerofs.sources.open import open_sources
+from pyerofs.sources.open import Openable, open_sources
+from pyerofs.sources.spec import Access
 from pyerofs.tree import PathLike, Stat
 from pyerofs.volume import Volume
 
 Target: TypeAlias = PathLike | Inode  # wherever a path is taken, an Inode will do
-Openable: TypeAlias = str | os.PathLike[str] | BinaryIO | Source
 
 BUFFER_SIZE = 64 << 10
 
@@ -33,16 +33,19 @@ def open(
     offset: int = 0,
     devices: Sequence[Openable] = (),
     cache_size: int = DEFAULT_CACHE_SIZE,
+    access: Access | None = None,
 ) -> Image:
     """Open an EROFS image.
 
-    ``what`` is a path (regular file or block device), a seekable binary file object (not closed), or
-    a Source (closed with the image).  The image starts at byte ``offset`` of it.  ``devices`` are the
-    image's extra devices, in the order of its device table.  ``cache_size`` bounds, in bytes, what
-    is kept of metadata and decoded data.
+    ``what`` is a path (regular file or block device), a URL (``https://…``), a layer in a registry
+    (``oci://REFERENCE``) or an OCI layout (``oci-layout:DIR``), a SourceSpec, a seekable binary file
+    object (not closed), or a Source (closed with the image).  The image starts at byte ``offset`` of
+    it.  ``devices`` are the image's extra devices, in the order of its device table.  ``cache_size``
+    bounds, in bytes, what is kept in memory of metadata and decoded data.  ``access`` says how remote
+    ones are got at: password, timeout, the cache on disk.
 
     Raises SourceError, CorruptImage, UnsupportedFeature."""
-    sources = open_sources(what, offset, devices)
+    sources = open_sources(what, offset, devices, access)
     try:
         return Image(sources, cache_size)
     except BaseException:

@@ -7,14 +7,17 @@
   answer None, and it answers None rather than report an error.
 - ``size`` is known from the start and does not change.
 
-This module imports only ``pyerofs.errors``.
+This module imports only ``pyerofs.errors`` and names types.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pyerofs.errors import TruncatedRead
+
+if TYPE_CHECKING:
+    from pyerofs.sources.spec import SourceSpec
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -35,6 +38,11 @@ class Source(Protocol):
 
     def read_at(self, offset: int, length: int) -> Buffer:
         """Exactly ``length`` bytes; blocks.  Raises SourceError."""
+
+    @property
+    def backing(self) -> tuple[int, int] | None:
+        """(descriptor, offset): a file whose bytes from there on are this source's, for sendfile and
+        SEEK_DATA; None where the bytes come from elsewhere or have to be looked at first."""
 
     def close(self) -> None:
         """Release what is held.  Idempotent; reads afterwards raise."""
@@ -62,12 +70,27 @@ class AsyncSource(Protocol):
         """The same bytes for worker threads, where that costs nothing; else None."""
 
     @property
+    def backing(self) -> tuple[int, int] | None:
+        """As for a Source.  May change from None to a value when a download is complete."""
+
+    @property
     def quick(self) -> bool:
         """Whether ``blocking`` has lately answered in so little time that an event loop which has
         nothing else to do may as well wait for it."""
 
+    @property
+    def pinned(self) -> SourceSpec | None:
+        """The same bytes by a name that can't come to mean others; None where there is no such."""
+
+    def status(self) -> dict[str, Any]:
+        """For people: ``name`` and ``size``; remote sources tell what was fetched and cached."""
+
     async def read_at(self, offset: int, length: int) -> Buffer:
         """Exactly ``length`` bytes.  A checkpoint; raises SourceError; cancellable."""
+
+    async def forget(self, offset: int, length: int) -> bool:
+        """Told that what was read here is wrong.  True if reading it again may bring other bytes:
+        what a cache held is dropped."""
 
     async def aclose(self) -> None:
         """Release what is held.  Idempotent."""

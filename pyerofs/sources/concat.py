@@ -16,6 +16,7 @@ class ConcatSource:
         self._parts = tuple(parts)
         self._starts = [0, *accumulate(p.size for p in self._parts)]
         self.size = self._starts.pop()
+        self.backing = None
         self.name = " + ".join(p.name for p in self._parts)
 
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[Source, int, int]]:

@@ -49,9 +49,9 @@ class FileSource:
             raise
         self._nowait = RWF_NOWAIT
 
-    def fileno(self) -> int:
-        """The descriptor, for callers that want ``sendfile`` or ``lseek(SEEK_DATA)``."""
-        return self._fd
+    @property
+    def backing(self) -> tuple[int, int] | None:
+        return self._fd, 0
 
     def peek(self, offset: int, length: int) -> Buffer | None:
         """Bytes that the kernel has cached; None otherwise or where it can't tell."""
@@ -123,6 +123,7 @@ class FileObjectSource:
     def __init__(self, fileobj: BinaryIO) -> None:
         self._file = fileobj
         self._lock = threading.Lock()
+        self.backing = None
         self.name = str(getattr(fileobj, "name", "") or type(fileobj).__name__)
         try:
             self.size = fileobj.seek(0, os.SEEK_END)

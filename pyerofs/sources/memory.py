@@ -12,6 +12,7 @@ class MemorySource:
         self._data = data if isinstance(data, bytes) else bytes(data)
         self.name = name
         self.size = len(self._data)
+        self.backing = None
 
     def peek(self, offset: int, length: int) -> Buffer | None:
         return self._data[offset : offset + length] if within(self.size, offset, length) else None

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import BinaryIO, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias, cast
 
-from pyerofs.sources.base import Source
+from pyerofs.sources.base import AsyncSource, Source
 from pyerofs.sources.file import FileObjectSource, FileSource
-from pyerofs.sources.slice import SliceSource
+from pyerofs.sources.slice import AsyncSlice, SliceSource
+from pyerofs.sources.spec import HTTP, LAYOUT, OCI, Access, SourceSpec, parse_spec
 
-Openable = str | os.PathLike[str] | BinaryIO | Source
+if TYPE_CHECKING:
+    import trio
+
+Openable: TypeAlias = str | os.PathLike[str] | BinaryIO | Source | SourceSpec
 
 
-def open_source(what: Openable) -> Source:
-    """A source for a path, a seekable binary file object, or a source itself.
+def open_source(what: Openable, access: Access | None = None) -> Source:
+    """A source for a path, a URL, a reference, a seekable binary file object, or a source itself.
 
     Raises SourceError."""
+    spec = _far(what)
+    if spec is not None:
+        from pyerofs.sources.blocking import open_blocking
+
+        return open_blocking(spec, access or Access())[0]
+    if isinstance(what, SourceSpec):
+        source = FileSource(what.what)
+        return _slice(source, what.offset) if what.offset else source
     if isinstance(what, (str, os.PathLike)):
         return FileSource(what)
     if hasattr(what, "read_at"):
@@ -24,19 +37,107 @@ def open_source(what: Openable) -> Source:
     return FileObjectSource(what)
 
 
-def open_sources(what: Openable, offset: int, devices: Sequence[Openable]) -> list[Source]:
+def open_sources(
+    what: Openable, offset: int, devices: Sequence[Openable], access: Access | None = None
+) -> list[Source]:
     """The primary device, from ``offset`` on, and the extra ones.  Raises SourceError, with none
     left open."""
     opened: list[Source] = []
     try:
-        primary = open_source(what)
-        opened.append(primary)
-        if offset:
-            opened[0] = SliceSource(primary, offset)
-        for device in devices:  # one by one: should one fail, those before it must be closed
-            opened.append(open_source(device))  # noqa: PERF401
+        for item in named(what, offset, devices):  # one by one: those before a failure are closed
+            opened.append(open_source(item, access))  # noqa: PERF401
     except BaseException:
         for source in opened:
             source.close()
         raise
     return opened
+
+
+async def open_async(spec: SourceSpec, access: Access, nursery: trio.Nursery) -> list[AsyncSource]:
+    """The image that a spec names, and its devices.  ``nursery`` runs what fetches in the
+    background; cancel it before the sources are closed.
+
+    Raises SourceError, with none left open."""
+    opened: list[AsyncSource] = []
+    try:
+        for item in (spec, *spec.devices):
+            opened.append(await open_one(item, access, nursery))  # noqa: PERF401
+    except BaseException:
+        import trio
+
+        with trio.CancelScope(shield=True):
+            for source in opened:
+                await source.aclose()
+        raise
+    return opened
+
+
+async def open_one(what: Openable, access: Access, nursery: trio.Nursery) -> AsyncSource:
+    """An asynchronous source for one image or device (without the devices of a spec)."""
+    from pyerofs.sources.threaded import ThreadedSource
+
+    spec = _far(what)
+    if spec is None:
+        return ThreadedSource(open_source(what))
+    if spec.is_remote or spec.is_layout:
+        from pyerofs.sources.remote import open_remote
+
+        source = await open_remote(spec, access, nursery)
+    else:
+        source = ThreadedSource(FileSource(spec.what))
+    try:
+        if spec.verity is not None:
+            from pyerofs.sources.verity import open_verity
+
+            hashes = None
+            if spec.verity.hash_device is not None:
+                hashes = await open_one(parse_spec(spec.verity.hash_device), access, nursery)
+            source = await open_verity(source, spec.verity, hashes)
+        return AsyncSlice(source, spec.offset) if spec.offset else source
+    except BaseException:
+        import trio
+
+        with trio.CancelScope(shield=True):
+            await source.aclose()
+        raise
+
+
+def named(what: Openable, offset: int, devices: Sequence[Openable]) -> list[Openable]:
+    """The image, from its offset on, and its devices, as separate things to open.
+
+    Raises SourceError; ValueError where a spec has what is given beside it."""
+    if isinstance(what, SourceSpec):
+        if offset or devices:
+            raise ValueError("a SourceSpec holds its offset and devices itself")
+        return [replace(what, devices=()), *what.devices]
+    if (spec := _far(what)) is not None:
+        what = replace(spec, offset=offset)
+    elif offset:
+        what = _slice(open_source(what), offset)
+    return [what, *devices]
+
+
+def _slice(source: Source, offset: int) -> Source:
+    """A source from ``offset`` on.  Raises SourceError, with nothing left open."""
+    try:
+        return SliceSource(source, offset)
+    except BaseException:
+        source.close()
+        raise
+
+
+def pinned_spec(spec: SourceSpec, sources: Sequence[AsyncSource]) -> SourceSpec:
+    """A spec for the very bytes that were opened, whatever a tag will lead to later."""
+    primary, *devices = (source.pinned for source in sources)
+    found = tuple(p or d for p, d in zip(devices, spec.devices, strict=True))
+    return replace(primary or spec, devices=found)
+
+
+def _far(what: Openable) -> SourceSpec | None:
+    """The spec of something that takes more than opening a file."""
+    if isinstance(what, SourceSpec):
+        near = not (what.is_remote or what.is_layout) and what.verity is None
+        return None if near else what
+    if isinstance(what, str) and what.startswith((*HTTP, OCI, LAYOUT)):
+        return parse_spec(what)
+    return None

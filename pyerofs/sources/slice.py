@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyerofs.errors import SourceError
-from pyerofs.sources.base import Buffer, Source, check_range, within
+from pyerofs.sources.base import AsyncSource, Buffer, Source, check_range, within
 
 
 class SliceSource:
@@ -32,5 +32,54 @@ class SliceSource:
         if hint is not None:
             hint(self._offset + offset, length)
 
+    @property
+    def backing(self) -> tuple[int, int] | None:
+        found = self._inner.backing
+        return None if found is None else (found[0], found[1] + self._offset)
+
     def close(self) -> None:
         self._inner.close()
+
+
+class AsyncSlice:
+    """The asynchronous twin: ``inner`` from ``offset`` on.  Owns ``inner``."""
+
+    def __init__(self, inner: AsyncSource, offset: int) -> None:
+        if offset < 0 or offset > inner.size:
+            raise SourceError(f"{inner.name}: offset {offset} is outside its {inner.size} bytes")
+        self._inner = inner
+        self._offset = offset
+        self.size = inner.size - offset
+        self.name = f"{inner.name} at {offset}"
+        self.pinned = inner.pinned
+        self.status = inner.status
+        self.aclose = inner.aclose
+
+    def peek(self, offset: int, length: int) -> Buffer | None:
+        if not within(self.size, offset, length):
+            return None
+        return self._inner.peek(self._offset + offset, length)
+
+    def will_need(self, offset: int, length: int) -> None:
+        self._inner.will_need(self._offset + offset, length)
+
+    @property
+    def blocking(self) -> Source | None:
+        inner = self._inner.blocking
+        return None if inner is None else SliceSource(inner, self._offset)
+
+    @property
+    def backing(self) -> tuple[int, int] | None:
+        found = self._inner.backing
+        return None if found is None else (found[0], found[1] + self._offset)
+
+    @property
+    def quick(self) -> bool:
+        return self._inner.quick
+
+    async def read_at(self, offset: int, length: int) -> Buffer:
+        check_range(self.name, self.size, offset, length)
+        return await self._inner.read_at(self._offset + offset, length)
+
+    async def forget(self, offset: int, length: int) -> bool:
+        return await self._inner.forget(self._offset + offset, length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import trio
 
@@ -19,11 +20,16 @@ class ThreadedSource:
         self.name = source.name
         self.size = source.size
         self.peek = source.peek
+        self.pinned = None
         self.blocking: Source | None = _Timed(source)
         self._source = source
         self._timed = self.blocking
         self._hint = getattr(source, "will_need", None)
         self._limiter = trio.CapacityLimiter(MAX_THREADS)
+
+    @property
+    def backing(self) -> tuple[int, int] | None:
+        return self._source.backing
 
     @property
     def quick(self) -> bool:
@@ -39,6 +45,13 @@ class ThreadedSource:
             self._timed.read_at, offset, length, abandon_on_cancel=True, limiter=self._limiter
         )
 
+    def status(self) -> dict[str, Any]:
+        return {"name": self.name, "size": self.size}
+
+    async def forget(self, offset: int, length: int) -> bool:
+        """There is nothing else to be had."""
+        return False
+
     async def aclose(self) -> None:
         """Close the source.  Not a checkpoint."""
         self._source.close()
@@ -52,6 +65,7 @@ class _Timed:
         self.size = source.size
         self.peek = source.peek
         self.close = source.close
+        self.backing = source.backing
         self.latency = 10 * QUICK  # a moving average; slow until proven otherwise
         self._source = source
 

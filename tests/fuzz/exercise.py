@@ -14,7 +14,6 @@ import trio
 
 from pyerofs import aio, directory
 from pyerofs.cli.check import Checker
-from pyerofs.cli.common import Progress
 from pyerofs.errors import (
     CorruptImage,
     ErofsError,
@@ -25,6 +24,7 @@ from pyerofs.errors import (
 )
 from pyerofs.image import Image
 from pyerofs.model import Dirent, Inode
+from pyerofs.progress import Progress
 from pyerofs.sources import Buffer, MemorySource
 from pyerofs.tree import file_type
 from tests.fuzz.atlas import open_bytes

@@ -73,7 +73,10 @@ def test_public_classes_are_documented(cls: type) -> None:
 
 
 def test_both_apis_have_the_same_methods_and_arguments() -> None:
-    own = {"call", "start", "child", "block_entries", "read_data", "decode_ahead"}  # for front-ends
+    own = {
+        "call", "start", "child", "block_entries", "read_data", "decode_ahead", "will_need",
+        "inode_needed", "status",
+    }  # fmt: skip  # for front-ends
     blocking = {n for n, m in vars(Image).items() if n[0] != "_" and inspect.isfunction(m)}
     waiting = {n for n, m in vars(AsyncImage).items() if n[0] != "_" and inspect.isfunction(m)}
     assert waiting - own == blocking - {"close"}
@@ -87,7 +90,7 @@ def test_both_apis_have_the_same_methods_and_arguments() -> None:
 def test_opening_is_the_same_for_both() -> None:
     ours = inspect.signature(pyerofs.open).parameters
     theirs = inspect.signature(pyerofs.aio.open).parameters
-    assert list(ours) == list(theirs) == ["what", "offset", "devices", "cache_size"]
+    assert list(ours) == list(theirs) == ["what", "offset", "devices", "cache_size", "access"]
     assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
 
 

@@ -208,7 +208,7 @@ class TestFile:
 
     def test_dropping_it_closes_it(self, path: Path) -> None:
         source = FileSource(path)
-        fd = source.fileno()
+        fd = source.backing[0]
         os.fstat(fd)
         del source
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -216,7 +216,7 @@ class TestFile:
 
     def test_no_other_program_gets_it(self, path: Path) -> None:
         source = FileSource(path)
-        assert not os.get_inheritable(source.fileno())
+        assert not os.get_inheritable(source.backing[0])
 
     def test_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(SourceError, match="absent: No such file"):

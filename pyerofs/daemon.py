@@ -1,0 +1,147 @@
+"""Leave a daemon behind, and tell the caller how it went.
+
+``fork`` splits the process before any thread or event loop exists.  The child does the work and
+reports through a pipe; the parent waits for that report and exits with it, so that the command
+returns exactly when the mount is live, or says in one line why it is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import NoReturn, Protocol
+
+
+def one_line(message: str) -> str:
+    """A message fit for a terminal, on one line whatever names are in it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+
+
+class Report(Protocol):
+    """Told once, as soon as it is known, whether the work can start."""
+
+    def ready(self) -> None:
+        """All is well."""
+
+    def failed(self, message: str) -> NoReturn:
+        """It can't; ends the process."""
+
+
+class Foreground:
+    """A report for a process that stays where it is."""
+
+    def __init__(self, command: str) -> None:
+        """``command``: what messages start with."""
+        self._command = command
+
+    def ready(self) -> None:
+        pass
+
+    def failed(self, message: str) -> NoReturn:
+        print(f"{self._command}: {one_line(message)}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+class Background:
+    """The child's end of the pipe."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def ready(self) -> None:
+        """Detach from the terminal and let the parent exit with 0."""
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        if null > 2:
+            os.close(null)
+        os.write(self._fd, b"\0")
+        os.close(self._fd)
+
+    def failed(self, message: str) -> NoReturn:
+        os.write(self._fd, one_line(message).encode("utf-8", "backslashreplace"))
+        os._exit(1)
+
+
+def fork(command: str) -> Background:
+    """Go on in a child, in a session of its own; the parent never returns from here."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(write_end)
+        _wait(read_end, child, command)
+    os.close(read_end)
+    os.setsid()
+    os.chdir("/")
+    return Background(write_end)
+
+
+def _wait(fd: int, child: int, command: str) -> NoReturn:
+    message = b""
+    while data := os.read(fd, 4096):
+        message += data
+    if message == b"\0":
+        os._exit(0)
+    if not message:
+        _, status = os.waitpid(child, 0)
+        message = f"the daemon ended unexpectedly (status {status:#x})".encode()
+    print(f"{command}: {message.decode('utf-8', 'replace')}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def open_standard_streams() -> None:
+    """Make sure that descriptors 0 to 2 are taken, so that no file of ours becomes one of them."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def ask_password(question: str) -> str | None:
+    """Ask on the terminal; None where there is none.  Before ``fork``."""
+    if not sys.stdin.isatty():
+        return None
+    import getpass
+
+    return getpass.getpass(question)
+
+
+def hide_argument(secret: str) -> None:
+    """Overwrite a secret in what this process shows as its command line.  Best effort: whoever looked
+    before has seen it."""
+    import ctypes
+
+    try:
+        with open("/proc/self/stat", "rb") as f:
+            fields = f.read().rpartition(b")")[2].split()
+        start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, proc(5)
+        wanted = os.fsencode(secret)
+        shown = ctypes.string_at(start, end - start)
+        at = shown.find(wanted)
+        while wanted and at >= 0:
+            ctypes.memset(start + at, ord("x"), len(wanted))
+            at = shown.find(wanted, at + len(wanted))
+    except (OSError, ValueError, IndexError):
+        pass
+
+
+def start_logging(command: str, *, foreground: bool, debug: int) -> None:
+    """Log to stderr in the foreground, else to syslog (which the journal reads) if there is one."""
+    level = logging.DEBUG if debug >= 3 else logging.INFO if debug else logging.WARNING
+    handler: logging.Handler
+    if foreground:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(f"{command}: %(message)s"))
+    else:
+        handler = logging.NullHandler()
+        if os.path.exists("/dev/log"):
+            from logging.handlers import SysLogHandler
+
+            try:
+                handler = SysLogHandler("/dev/log", SysLogHandler.LOG_DAEMON)
+                handler.setFormatter(logging.Formatter(f"{command}[%(process)d]: %(message)s"))
+            except OSError:
+                pass  # a socket that nobody listens on
+    logging.basicConfig(level=level, handlers=[handler])

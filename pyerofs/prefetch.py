@@ -1,0 +1,108 @@
+"""What a mount will need before anybody asks for it: metadata, and what an earlier run has touched.
+
+All of this is done by hints to the sources, which fetch when no reader waits for something else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+
+import trio
+
+from pyerofs import tree
+from pyerofs.aio import AsyncImage
+from pyerofs.errors import ErofsError
+from pyerofs.memory import METABOX
+from pyerofs.model import Inode
+from pyerofs.sources.base import AsyncSource
+
+log = logging.getLogger("pyerofs")
+
+SEGMENT_BITS = 20  # hints closer together than this are one
+MIN_BUDGET = 64  # pieces of 1 MiB that metadata may take …
+BUDGET_SHARE = 8  # … or an eighth of the image: in some images it is scattered over everything
+CACHE_SIZE = 8 << 20  # memory for looking through an image that others will read
+DIRECTORY = 2  # the type in a directory entry
+
+
+async def prefetch_metadata(image: AsyncImage) -> None:
+    """Have the inodes and directories fetched, those near the root first.  Logs errors."""
+    try:
+        metabox = image.volume.metabox
+        if metabox is not None:
+            await image.will_need(metabox, 0, metabox.size)
+        await _walk(image)
+    except ErofsError as e:
+        log.warning("prefetching stops: %s", e)
+
+
+async def prefetch_metadata_of(sources: Sequence[AsyncSource]) -> None:
+    """The same for those who only hand on bytes, and don't mind if these are no EROFS image."""
+    if all(source.blocking is not None for source in sources):
+        return
+    async with trio.open_nursery() as nursery:
+        image = AsyncImage(sources, nursery, CACHE_SIZE)
+        try:
+            await image.start()
+            await prefetch_metadata(image)
+        except ErofsError as e:
+            log.info("not prefetched: %s", e)
+        nursery.cancel_scope.cancel()
+
+
+async def _walk(image: AsyncImage) -> None:
+    hinted: set[int] = set()
+    seen = {image.root.nid}
+    budget = max(MIN_BUDGET, (image.memory.sizes[0] >> SEGMENT_BITS) // BUDGET_SHARE)
+    waiting = deque([image.root])
+    while waiting and len(hinted) < budget:
+        parent = waiting.popleft()
+        await image.will_need(parent, 0, parent.size)
+        below: list[int] = []
+        index = 0
+        while entries := await image.block_entries(parent, index):
+            index += 1
+            for entry in entries:
+                device, offset = image.volume.inode_position(entry.nid)
+                piece = offset >> SEGMENT_BITS
+                if device != METABOX and piece not in hinted:
+                    hinted.add(piece)
+                    image.inode_needed(entry.nid)
+                if entry.file_type == DIRECTORY and entry.nid not in seen:
+                    seen.add(entry.nid)
+                    below.append(entry.nid)
+        for nid in below:
+            inode = await image.inode(nid)
+            if inode.is_dir:
+                waiting.append(inode)
+
+
+async def prefetch_paths(image: AsyncImage, paths: Iterable[str]) -> None:
+    """Have the data of files fetched, in this order.  What is not there is left out."""
+    for path in paths:
+        try:
+            inode = await image.lookup(path)
+            if inode.is_file:
+                await image.will_need(inode, 0, inode.size)
+        except ErofsError as e:
+            log.info("not prefetched: %s", e)
+
+
+async def paths_of(image: AsyncImage, nids: Collection[int]) -> list[str]:
+    """Where inodes are found in the tree, in the order of ``nids``.  Raises ErofsError."""
+    wanted = set(nids)
+    found: dict[int, str] = {}
+    trail = tree.Trail("/", image.root)
+    while len(found) < len(wanted) and (step := trail.next()) is not None:
+        path, here = step
+        directories: list[tuple[str, Inode]] = []
+        async for entry in image.scandir(here):
+            name = tree.decode(entry.name)
+            if entry.nid in wanted:
+                found.setdefault(entry.nid, f"{path.rstrip('/')}/{name}")
+            if entry.file_type == DIRECTORY:
+                directories.append((name, await image.inode(entry.nid)))
+        trail.enter(directories)
+    return [found[nid] for nid in nids if nid in found]
