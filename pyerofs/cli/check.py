@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass
 
 from pyerofs import data, directory, tree, xattr
 from pyerofs import inode as inodes
-from pyerofs.cli.common import Progress, open_image, print_json, printable
+from pyerofs.cli.common import open_image, print_json, printable
 from pyerofs.errors import CorruptImage, ErofsError
 from pyerofs.extent import extents
 from pyerofs.image import Image
 from pyerofs.model import HOLE, Dirent, Inode
+from pyerofs.progress import Progress
 
 PIECE = 4 << 20
 MAX_BATCHES = 16

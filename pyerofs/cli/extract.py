@@ -2,8 +2,8 @@
 
 Nothing is ever written outside the target directory.  Names come from the image and are checked to
 be single path components; each is created relative to an open directory, never through a link, and
-never over something that exists unless that is asked for.  Files are written by a few threads (the
-codecs and the system calls release the GIL); links and the times of directories come last.
+never over something that exists unless that is asked for.  Files are written by a few threads or
+processes; links and the times of directories come last.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple
 
 from pyerofs import data, tree, xattr
-from pyerofs.cli.common import Progress, open_image
+from pyerofs.cli.common import open_image
+from pyerofs.cli.workers import Workers, can_fork
 from pyerofs.errors import ErofsError
 from pyerofs.extent import extents
 from pyerofs.image import Image
 from pyerofs.model import HOLE, Inode
+from pyerofs.progress import Progress
 from pyerofs.sources.base import Buffer
 
 PIECE = 1 << 20  # bytes gathered for one write
 BATCH_FILES = 64  # files, or
 BATCH_BYTES = 4 << 20  # bytes, that make one task for a thread
 MAX_BATCHES = 16  # waiting at a time
+MANY = 2000  # inodes; with fewer, processes are not worth starting
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -82,6 +85,10 @@ class Directory:
             os.close(self.fd)
 
 
+class _Stopped(Exception):
+    """The workers have ended early."""
+
+
 Job = tuple[bytes, Inode]
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
@@ -109,6 +116,7 @@ class Extractor:
         self._owners = owners
         self._xattrs = xattrs
         self._lock = threading.Lock()
+        self._give: Callable[[Directory, list[Job]], None]
         self.failures = 0
         self.skipped: Counter[str] = Counter()
         self._first: dict[int, bytes] = {}  # nid of a file with several links -> its first path
@@ -118,20 +126,81 @@ class Extractor:
 
     def run(self, paths: list[bytes]) -> None:
         """Extract the whole tree, or the given paths with their parents."""
-        with ThreadPoolExecutor(max_workers=(os.cpu_count() or 1) + 1) as pool:
-            self._pool = pool
-            self._slots = threading.Semaphore(MAX_BATCHES)
-            self._futures: list[Future[None]] = []
-            if not paths:
-                self._walk(b"", self._image.root)
-            for path in paths:
-                self._one(path)
-            for future in self._futures:
-                future.result()
+        if self._image.superblock.inodes >= MANY and can_fork():
+            self._run_processes(paths)
+        else:
+            self._run_threads(paths)
         for path, inode in self._links:
             self._try(path, self._link, path, inode)
         for path, inode in reversed(self._directories):
             self._try(path, self._finish_directory, path, inode)
+
+    def _run_threads(self, paths: list[bytes]) -> None:
+        """Files are made by threads: the codecs and system calls run at the same time."""
+        slots = threading.Semaphore(MAX_BATCHES)
+        futures: list[Future[None]] = []
+
+        def task(here: Directory, jobs: list[Job]) -> None:
+            try:
+                self._batch(here, jobs)
+            finally:
+                here.release()
+                slots.release()
+
+        def submit(here: Directory, jobs: list[Job]) -> None:
+            here.keep()
+            slots.acquire()
+            futures.append(pool.submit(task, here, jobs))
+
+        with ThreadPoolExecutor(max_workers=(os.cpu_count() or 1) + 1) as pool:
+            self._give = submit
+            self._all(paths)
+            for future in futures:
+                future.result()
+
+    def _run_processes(self, paths: list[bytes]) -> None:
+        """Files are made by processes, for everything to run at the same time; that is worth its
+        price with many files."""
+
+        def work(job: tuple[bytes, list[tuple[bytes, int]]]) -> None:
+            path, names = job
+            fd = self._try(path, self._open, path)
+            if fd is None:
+                return
+            here = Directory(fd, path)
+            jobs = []
+            for name, nid in names:
+                inode = self._image.inode(nid)
+                self._first[nid] = path + name
+                jobs.append((name, inode))
+            self._batch(here, jobs)
+            here.release()
+
+        def finish() -> tuple[int, Counter[str], dict[int, bytes]]:
+            return self.failures, self.skipped, self._made
+
+        def submit(here: Directory, jobs: list[Job]) -> None:
+            if not workers.submit((here.path, [(name, inode.nid) for name, inode in jobs])):
+                raise _Stopped
+
+        workers = Workers(work, finish)
+        self._give = submit
+        try:
+            self._all(paths)
+        except _Stopped:
+            pass  # close tells why
+        finally:
+            results = workers.close()
+        for failures, skipped, made in results:
+            self.failures += failures
+            self.skipped += skipped
+            self._made |= made
+
+    def _all(self, paths: list[bytes]) -> None:
+        if not paths:
+            self._walk(b"", self._image.root)
+        for path in paths:
+            self._one(path)
 
     def summary(self) -> Iterator[str]:
         """What a person should know afterwards."""
@@ -226,7 +295,7 @@ class Extractor:
         return found
 
     def _submit(self, here: Directory, batch: list[Job]) -> None:
-        """Give files of one directory to a thread; later names of the same file become links."""
+        """Give files of one directory to a worker; later names of the same file become links."""
         todo = []
         for name, inode in batch:
             if inode.nlink > 1:
@@ -236,19 +305,13 @@ class Extractor:
                     continue
             todo.append((name, inode))
         if todo:
-            here.keep()
-            self._slots.acquire()
-            self._futures.append(self._pool.submit(self._batch, here, todo))
+            self._give(here, todo)
+            with self._lock:
+                self._progress.advance(len(todo))
 
     def _batch(self, here: Directory, jobs: list[Job]) -> None:
-        try:
-            for name, inode in jobs:
-                self._try(here.path + name, self._create, here.fd, name, inode)
-        finally:
-            here.release()
-            self._slots.release()
-            with self._lock:
-                self._progress.advance(len(jobs))
+        for name, inode in jobs:
+            self._try(here.path + name, self._create, here.fd, name, inode)
 
     # creating ---------------------------------------------------------------------------
 

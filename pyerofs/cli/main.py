@@ -8,9 +8,11 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from pyerofs import __version__
 from pyerofs.errors import CorruptImage, ErofsError, UnsupportedFeature
+from pyerofs.sources.spec import DEFAULT_CACHE_LIMIT, OCI, WORDS, SourceWords
 from pyerofs.units import parse_size
 
 EPILOG = """\
@@ -31,21 +33,30 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="COMMAND", dest="verb", required=True)
 
     image = argparse.ArgumentParser(add_help=False)
-    image.add_argument("image", metavar="IMAGE", help="an image file or block device")
-    image.add_argument("--offset", type=_number, default=0, help="the image starts at this byte")
     image.add_argument(
-        "--device", action="append", default=[], metavar="PATH",
-        help="an extra device of the image; repeat it, in order",
+        "image", metavar="IMAGE",
+        help="a file, a block device, a URL, oci://REFERENCE or oci-layout:DIR[:TAG]",
     )  # fmt: skip
     image.add_argument(
         "--cache-size", type=_size, default=64 << 20, metavar="SIZE",
         help="memory for metadata and decoded data (default 64M)",
     )  # fmt: skip
+    where = image.add_argument_group("where the image is")
+    where.add_argument("--oci", metavar="REFERENCE", help="the same as oci://REFERENCE")
+    for name, word in WORDS.items():
+        if name.startswith("prefetch"):
+            continue  # for what stays
+        where.add_argument(
+            f"--{name}", action=_SourceWord, dest="source", metavar=word.metavar,
+            nargs=None if word.metavar else 0, help=word.help,
+        )  # fmt: skip
     json = argparse.ArgumentParser(add_help=False)
     json.add_argument("--json", action="store_true", help="print JSON")
 
     def verb(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return verbs.add_parser(name, help=text, description=text, parents=[image, *parents])
+        return verbs.add_parser(
+            name, help=text, description=text, parents=[image, *parents], allow_abbrev=False
+        )
 
     verb("info", "Show the superblock, features, devices and how well it is compressed.", json)
 
@@ -84,6 +95,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb("dump", "Account for every byte of the image: what is where.", json)
 
+    p = verbs.add_parser("cache", help="Look after what was fetched from servers and registries.")
+    p.add_argument("action", choices=["ls", "rm", "prune", "verify"])
+    p.add_argument("blobs", metavar="BLOB", nargs="*", help="a key or the beginning of one")
+    p.add_argument("--all", action="store_true", help="rm: everything that is not in use")
+    p.add_argument("--cache-dir", metavar="DIR", help="the cache ($XDG_CACHE_HOME/pyerofs)")
+    p.add_argument(
+        "--cache-limit", type=_size, metavar="SIZE", default=DEFAULT_CACHE_LIMIT,
+        help="prune: what may stay (default 10G)",
+    )  # fmt: skip
+    p.add_argument("--json", action="store_true", help="ls: print JSON")
+
+    p = verbs.add_parser("mounts", help="Show what live mounts have fetched and cached.")
+    p.add_argument("--json", action="store_true", help="print JSON")
+
     p = verbs.add_parser("completion", help="Print a completion script for a shell.")
     p.add_argument("shell", choices=["bash", "zsh", "fish"])
     return parser
@@ -95,9 +120,40 @@ def _parse(words: list[str]) -> argparse.Namespace:
     verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
     if not words or words[0] not in verbs:
         return parser.parse_args(words)
-    args: argparse.Namespace = verbs[words[0]].parse_intermixed_args(words[1:])
-    args.verb = words[0]
+    verb, rest = words[0], _oci_first(words[1:])
+    args: argparse.Namespace = verbs[verb].parse_intermixed_args(rest)
+    args.verb = verb
     return args
+
+
+def _oci_first(words: list[str]) -> list[str]:
+    """``ls --oci REF PATH`` -> ``ls oci://REF PATH``."""
+    for i, word in enumerate(words):
+        if word == "--":
+            break
+        if word == "--oci" and i + 1 < len(words):
+            return [OCI + words[i + 1], *words[:i], *words[i + 2 :]]
+        if word.startswith("--oci="):
+            return [OCI + word.removeprefix("--oci="), *words[:i], *words[i + 1 :]]
+    return words
+
+
+class _SourceWord(argparse.Action):
+    """Hands an option on to a SourceWords, in order."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if namespace.source is None:
+            namespace.source = SourceWords()
+        try:
+            namespace.source.set((option_string or "").removeprefix("--"), values or "")
+        except ValueError as e:
+            raise argparse.ArgumentError(self, str(e)) from None
 
 
 def _number(text: str) -> int:
@@ -130,7 +186,7 @@ def main(words: Sequence[str] | None = None) -> int:
         status: int = getattr(module, args.verb)(args)
         sys.stdout.flush()
     except (CorruptImage, UnsupportedFeature) as e:
-        print(f"pyerofs: {args.image}: {e}", file=sys.stderr)
+        print(f"pyerofs: {args.image.partition('?')[0]}: {e}", file=sys.stderr)
         return 1
     except ErofsError as e:
         print(f"pyerofs: {e}", file=sys.stderr)

@@ -1,0 +1,102 @@
+"""``pyerofs cache``: list, remove, prune and verify what was fetched."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import UTC, datetime
+
+from pyerofs.cli.common import print_json
+from pyerofs.errors import SourceError
+from pyerofs.progress import Progress
+from pyerofs.sources.cachedir import Blob, CacheDir, default_directory
+from pyerofs.sources.store import BAD, COMPLETE, DiskStore
+from pyerofs.units import format_size
+
+_STATES = {COMPLETE: "complete", BAD: "bad"}
+
+
+def cache(args: argparse.Namespace) -> int:
+    """One of the actions; exit status 1 if something was found wrong or could not be removed."""
+    directory = CacheDir(args.cache_dir or default_directory(), args.cache_limit)
+    action = {"ls": _list, "rm": _remove, "prune": _prune, "verify": _verify}[args.action]
+    return action(directory, args)
+
+
+def _chosen(directory: CacheDir, args: argparse.Namespace) -> list[Blob]:
+    """The blobs that the arguments name, by default all; the one used last comes first."""
+    blobs = sorted(directory.blobs(), key=lambda b: -b.used)
+    if not args.blobs:
+        return blobs
+    chosen = []
+    for name in args.blobs:
+        found = [b for b in blobs if name in (b.key, b.name) or _starts(b.key, name)]
+        if not found:
+            raise SourceError(f"{name}: not in the cache {directory.path}")
+        chosen += found
+    return chosen
+
+
+def _starts(key: str, name: str) -> bool:
+    return len(name) >= 4 and (key.startswith(name) or key.partition(":")[2].startswith(name))
+
+
+def _list(directory: CacheDir, args: argparse.Namespace) -> int:
+    blobs = _chosen(directory, args)
+    if args.json:
+        print_json(
+            [
+                {"key": b.key, "name": b.name, "size": b.size, "stored": b.stored,
+                 "state": _STATES.get(b.state, "partial"), "used": b.used}
+                for b in blobs
+            ]
+        )  # fmt: skip
+        return 0
+    for b in blobs:
+        used = datetime.fromtimestamp(b.used, UTC).strftime("%Y-%m-%d %H:%M")
+        state = _STATES.get(b.state, f"{100 * min(b.stored / max(b.size, 1), 1):.0f} %")
+        print(f"{b.key[:19]:19} {format_size(b.stored):>10} {state:>8} {used}  {b.name}")
+    print(
+        f"{len(blobs)} blobs, {format_size(sum(b.stored for b in blobs))} in {directory.path}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _remove(directory: CacheDir, args: argparse.Namespace) -> int:
+    if not args.blobs and not args.all:
+        raise SourceError("cache rm: name blobs (see cache ls), or use --all")
+    status = 0
+    for b in _chosen(directory, args):
+        if not directory.remove(b.path):
+            print(f"pyerofs: {b.key}: in use", file=sys.stderr)
+            status = 1
+    if args.all:
+        directory.forget_documents()
+    return status
+
+
+def _prune(directory: CacheDir, args: argparse.Namespace) -> int:
+    removed = directory.evict()
+    print(f"{removed} blobs removed", file=sys.stderr)
+    return 0
+
+
+def _verify(directory: CacheDir, args: argparse.Namespace) -> int:
+    """Read every segment that is there; drop the wrong ones, so that they are fetched again."""
+    blobs = _chosen(directory, args)
+    progress = Progress("verifying", sum(b.size >> 20 for b in blobs))
+    wrong = 0
+    for b in blobs:
+        store = DiskStore(b.path, b.size, {})
+        try:
+            for number in range(store.count):
+                if not store.missing(number, number) and store.segment(number) is None:
+                    wrong += 1
+                    print(f"pyerofs: {b.key}: segment {number} was spoiled", file=sys.stderr)
+                progress.advance()
+        finally:
+            store.close()
+    progress.close()
+    print(f"{len(blobs)} blobs verified, {wrong} spoiled segments dropped", file=sys.stderr)
+    return 1 if wrong else 0
