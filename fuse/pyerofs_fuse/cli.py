@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import sys
 
-from pyerofs_fuse.daemon import open_standard_streams
-from pyerofs_fuse.options import USAGE, Options, UsageError, parse
+from pyerofs.daemon import ask_password, hide_argument, one_line, open_standard_streams
+from pyerofs.errors import SourceError
+from pyerofs.sources.spec import Access, SourceSpec
+from pyerofs_fuse.options import Options, UsageError, parse, usage
+
+MAX_LIST = 16 << 20  # characters of a list of paths
 
 
 def run() -> None:
@@ -23,34 +27,49 @@ def main(words: list[str]) -> int:
         print(f"pyerofs-fuse: {e} (--help shows how)", file=sys.stderr)
         return 1
     if options.show == "help":
-        print(USAGE, end="")
+        print(usage(), end="")
         return 0
     if options.show == "version":
         from pyerofs import __version__
 
         print(f"pyerofs-fuse {__version__}")
         return 0
-    # the daemon's working directory is /
-    options.image = os.path.abspath(options.image)
-    options.mountpoint = os.path.abspath(options.mountpoint)
-    options.devices = [os.path.abspath(d) for d in options.devices]
-    return _mount(options)
+    options.mountpoint = os.path.abspath(options.mountpoint)  # the daemon's directory is /
+    try:
+        spec = options.spec
+        if options.source.password is not None:
+            hide_argument(options.source.password)
+        access = options.source.access(ask_password)
+        first = _read_list(options.prefetch_list) if options.prefetch_list else []
+    except SourceError as e:
+        print(f"pyerofs-fuse: {one_line(str(e))}", file=sys.stderr)
+        return 1
+    except OSError as e:
+        print(f"pyerofs-fuse: {options.prefetch_list}: {e.strerror}", file=sys.stderr)
+        return 1
+    return _mount(options, spec, access, first)
 
 
-def _mount(options: Options) -> int:
-    from pyerofs_fuse.daemon import Foreground, Report, fork, start_logging
+def _read_list(path: str) -> list[str]:
+    """The paths in a file, one a line."""
+    with open(path, encoding="utf-8", errors="surrogateescape") as f:
+        return [line for line in f.read(MAX_LIST).splitlines() if line]
 
-    report: Report = Foreground() if options.foreground else fork()
+
+def _mount(options: Options, spec: SourceSpec, access: Access, first: list[str]) -> int:
+    from pyerofs.daemon import Foreground, Report, fork, start_logging
+
+    report: Report = Foreground("pyerofs-fuse") if options.foreground else fork("pyerofs-fuse")
     try:
         import trio
 
         from pyerofs_fuse import mount
     except ImportError as e:
         report.failed(f"{e}; is pyfuse3 installed? (it needs libfuse3-dev, pkg-config and gcc)")
-    start_logging(foreground=options.foreground, debug=options.debug)
+    start_logging("pyerofs-fuse", foreground=options.foreground, debug=options.debug)
     try:
         mount.check(options)
-        trio.run(mount.serve, options, report)
+        trio.run(mount.serve, options, spec, access, first, report)
     except mount.MountError as e:
         report.failed(str(e))
     except KeyboardInterrupt:

@@ -10,15 +10,22 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from dataclasses import replace
+from functools import partial
 
 import pyfuse3
 import trio
 
 import pyerofs.aio
+from pyerofs.aio import AsyncImage
+from pyerofs.daemon import Report
 from pyerofs.errors import CorruptImage, ErofsError, UnsupportedFeature
+from pyerofs.prefetch import paths_of, prefetch_metadata, prefetch_paths
+from pyerofs.progress import Download
+from pyerofs.sources.spec import Access, SourceSpec
+from pyerofs.status import publish
 from pyerofs_fuse import eager
-from pyerofs_fuse.daemon import Report
 from pyerofs_fuse.operations import GRACE, Operations
 from pyerofs_fuse.options import Options, fuse_words
 
@@ -32,42 +39,52 @@ class MountError(Exception):
     """The mount can't be made; the message is one line."""
 
 
-async def serve(options: Options, report: Report) -> None:
-    """Mount and serve.  Returns when the mount is gone.  Reports, and ends, on failure."""
+async def serve(
+    options: Options, spec: SourceSpec, access: Access, first: list[str], report: Report
+) -> None:
+    """Mount and serve.  Returns when the mount is gone.  Reports, and ends, on failure.
+
+    ``first``: paths to be fetched before anything else, where the image is far away."""
+    waiting = Download()
     try:
         # signals first: once there is a mount, none may end us without unmounting
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            access = replace(access, progress=waiting.show)
             async with pyerofs.aio.open(
-                options.image,
-                offset=options.offset,
-                devices=options.devices,
-                cache_size=options.cache_size,
+                spec, cache_size=options.cache_size, access=access
             ) as image:
-                operations = Operations(image, shared=options.shared)
-                mount(operations, options)
+                waiting.close()
+                operations = Operations(
+                    image, shared=options.shared, record=options.record is not None
+                )
+                mount(operations, options, spec.name)
                 try:
                     idle = eager.enable(lambda: operations.waiting > 0)
                     image.memory.alone = lambda: operations.waiting <= 1 and idle()
                     tune()
                     gc.collect()
+                    background = partial(_background, image, options, spec, access, first)
                     gc.freeze()  # what start-up made stays; no need to look at it again and again
-                    await _run(operations, signals, report, options.mountpoint)
+                    await _run(operations, signals, report, options.mountpoint, background)
                 finally:
                     pyfuse3.close()
+                if options.record is not None:
+                    await write_record(image, operations.opened, options.record)
     except (CorruptImage, UnsupportedFeature) as e:
-        report.failed(f"{options.image}: {e}")
+        report.failed(f"{spec.name}: {e}")
     except (ErofsError, MountError) as e:
         report.failed(str(e))
 
 
-def mount(operations: Operations, options: Options) -> None:
-    """Mount, and turn what libfuse and fusermount3 print into one line.  Raises MountError."""
+def mount(operations: Operations, options: Options, name: str) -> None:
+    """Mount, and turn what libfuse and fusermount3 print into one line.  ``name``: of the source.
+    Raises MountError."""
     said = os.memfd_create("libfuse-messages")
     sys.stderr.flush()
     stderr = os.dup(2)
     os.dup2(said, 2)
     try:
-        pyfuse3.init(operations, options.mountpoint, set(fuse_words(options)))
+        pyfuse3.init(operations, options.mountpoint, set(fuse_words(options, name)))
     except RuntimeError:
         text = os.pread(said, 4096, 0).decode("utf-8", "replace")
         raise MountError(f"{options.mountpoint}: {_explain(text)}") from None
@@ -137,10 +154,39 @@ def check(options: Options) -> None:
         ) from None
 
 
+async def _background(
+    image: AsyncImage, options: Options, spec: SourceSpec, access: Access, first: list[str]
+) -> None:
+    """What goes on beside answering requests."""
+    about = {"command": "pyerofs-fuse", "mountpoint": options.mountpoint, "source": spec.name}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(publish, about, image.status)
+        if image.far:
+            await prefetch_paths(image, first)
+            if access.prefetch != "none":
+                await prefetch_metadata(image)
+
+
+async def write_record(image: AsyncImage, nids: Collection[int], path: str) -> None:
+    """Write where the files are that were opened, in that order."""
+    try:
+        paths = await paths_of(image, nids)
+        text = "".join(f"{p}\n" for p in paths if "\n" not in p)
+        with open(path, "w", encoding="utf-8", errors="surrogateescape") as f:  # noqa: ASYNC230
+            f.write(text)
+    except (OSError, ErofsError) as e:
+        log.warning("%s: not written: %s", path, e)
+
+
 async def _run(
-    operations: Operations, signals: AsyncIterator[int], report: Report, mountpoint: str
+    operations: Operations,
+    signals: AsyncIterator[int],
+    report: Report,
+    mountpoint: str,
+    background: Callable[[], Awaitable[None]],
 ) -> None:
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(background)
         nursery.start_soon(_stop_on, signals, operations, nursery.cancel_scope)
         nursery.start_soon(_announce, report, mountpoint)
         await pyfuse3.main()

@@ -41,6 +41,7 @@ STORE_SIZE = 128 << 10  # files up to this size go to the kernel's page cache wh
 MAX_STORED = 1 << 15  # of them are remembered; forgetting one costs a copy, nothing else
 MAX_ROWS = 1 << 16  # directory entries kept ready to be sent, of all directories: about 25 MB
 MAX_DIRECTORY_ROWS = 1 << 13  # and of one; larger directories are prepared as they are read
+MAX_RECORDED = 1 << 20  # files that are remembered as opened
 GRACE = 1.0  # seconds that what is under way gets to finish once we are told to stop
 
 T = TypeVar("T")
@@ -136,8 +137,9 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = True
     enable_writeback_cache = False
 
-    def __init__(self, image: AsyncImage, *, shared: bool) -> None:
-        """``shared``: other users may look in, so the kernel has to check permissions and ACLs."""
+    def __init__(self, image: AsyncImage, *, shared: bool, record: bool = False) -> None:
+        """``shared``: other users may look in, so the kernel has to check permissions and ACLs.
+        ``record``: keep in ``opened`` which files were opened, in that order."""
         super().__init__()
         self.enable_acl = shared
         self._image = image
@@ -150,6 +152,8 @@ class Operations(pyfuse3.Operations):
         self._opened: dict[int, int] = {}  # nid -> handles open or opening
         self._stored: dict[int, None] = {}  # nids whose data the kernel was given lately
         self._streamer = Streamer(image)
+        self.opened: dict[int, None] = {}
+        self._record = record
         self._rows = RowCache()
         self._attr = EntryAttributes()
         self._attr.st_blksize = image.volume.sb.block_size
@@ -402,6 +406,8 @@ class Operations(pyfuse3.Operations):
         found = await self._inode(inode)
         file = StreamedFile(self._streamer, found, inode)
         nid = found.nid
+        if self._record and len(self.opened) < MAX_RECORDED:
+            self.opened[nid] = None
         self._opened[nid] = self._opened.get(nid, 0) + 1
         try:
             if 0 < found.size <= STORE_SIZE and nid not in self._stored:

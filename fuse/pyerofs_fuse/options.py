@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from pyerofs.sources.spec import OCI, WORDS, SourceSpec, SourceWords, split_words
 from pyerofs.units import parse_size
+
+T = TypeVar("T")
 
 USAGE = """\
 usage: pyerofs-fuse [options] IMAGE MOUNTPOINT
+       pyerofs-fuse [options] --oci REFERENCE MOUNTPOINT
 
 Mount an EROFS image, read-only, without being root.  Returns once the mount is live; a daemon stays
 behind until it is unmounted (fusermount3 -u MOUNTPOINT, or umount).
 
+IMAGE is a file, a block device, a URL (https://...), oci://REFERENCE or oci-layout:DIR[:TAG].
+
 options:
-  --offset=N        the image starts at byte N of the file
-  --device=PATH     an extra device of the image; repeat it, in order
   --cache-size=N    bytes to keep decoded in memory (64M; K, M and G are understood)
   --dbglevel=N      0 (errors only) to 9; 3 and above log each request
   -f                stay in the foreground and log to stderr
   -d                like -f, and log requests
   -s                accepted for compatibility: one event loop serves all requests anyway
   -o OPT[,OPT...]   mount options: allow_other, allow_root, default_permissions, auto_unmount,
-                    nodev, nosuid, noexec, max_read=N, fsname=NAME, subtype=NAME; also offset=N,
-                    device=PATH, cache_size=N, dbglevel=N
+                    nodev, nosuid, noexec, max_read=N, fsname=NAME, subtype=NAME; also all options
+                    with values below and above (cache_size=N), and mount.erofs' oci.blob=,
+                    oci.layer=, oci.platform=, oci.username=, oci.password=, oci.insecure
   -h, --help        this text
   -V, --version     the version
 
+where the image is:
+  --oci=REFERENCE   the same as oci://REFERENCE
+{words}
+  --prefetch-list=FILE  fetch the files that are listed here first, a path a line
+  --record=FILE     write such a list when unmounted: the files that were opened
+
 exit status: 0 mounted, 1 not mounted (one line on stderr says why)
 """
+
+
+def usage() -> str:
+    """The help text."""
+    lines = []
+    for name, word in WORDS.items():
+        shown = f"--{name}" + (f"={word.metavar}" if word.metavar else "")
+        gap = "\n" + " " * 20 if len(shown) > 17 else " " * (18 - len(shown))
+        lines.append(f"  {shown}{gap}{word.help}")
+    return USAGE.replace("{words}", "\n".join(lines))
+
 
 # Words for libfuse and the kernel; with "=" they take a value.
 _PASSED = {
@@ -44,6 +68,9 @@ _IGNORED = {
 }  # fmt: skip
 
 
+_OWN = {"cache-size", "dbglevel", "record", "prefetch-list"}
+
+
 class UsageError(Exception):
     """The words make no sense; the message says why."""
 
@@ -54,13 +81,19 @@ class Options:
 
     image: str = ""
     mountpoint: str = ""
-    offset: int = 0
-    devices: list[str] = field(default_factory=list)
+    source: SourceWords = field(default_factory=SourceWords)
+    prefetch_list: str | None = None
+    record: str | None = None
     cache_size: int = 64 << 20
     foreground: bool = False
     debug: int = 0
     fuse: list[str] = field(default_factory=list)
     show: str = ""  # "help" or "version": only that
+
+    @property
+    def spec(self) -> SourceSpec:
+        """What to mount, with absolute paths.  Raises SourceError."""
+        return self.source.spec(self.image)
 
     @property
     def shared(self) -> bool:
@@ -89,6 +122,8 @@ def parse(words: list[str]) -> Options:
             names.append(word)
     if options.show:
         return options
+    if options.image:
+        names.insert(0, options.image)
     if len(names) != 2:
         raise UsageError(
             "needs an image and a mount point" if len(names) < 2 else f"unexpected {names[2]!r}"
@@ -111,8 +146,15 @@ def _long(options: Options, word: str, rest: object) -> None:
     value = given if equals else None
     if name in ("help", "version"):
         options.show = name
-    elif name in ("offset", "device", "cache-size", "dbglevel"):
-        _own(options, name.replace("-", "_"), _value(f"--{name}", value, rest))
+    elif name == "oci":
+        options.image = OCI + _value("--oci", value, rest)
+    elif options.source.knows(name):
+        wanted = WORDS[name].metavar is not None
+        if equals and not wanted:
+            raise UsageError(f"--{name} takes no value")
+        _source(options.source.set, name, _value(f"--{name}", value, rest) if wanted else "")
+    elif name in _OWN:
+        _own(options, name, _value(f"--{name}", value, rest))
     elif name == "foreground":
         options.foreground = True
     else:
@@ -133,28 +175,38 @@ def _short(options: Options, letter: str) -> None:
         raise UsageError(f"unknown option -{letter}")
 
 
+def _source(take: Callable[[str, str], T], name: str, value: str) -> T:
+    try:
+        return take(name, value)
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+
+
 def _own(options: Options, name: str, value: str) -> None:
     try:
-        if name == "offset":
-            options.offset = int(value, 0)
-        elif name == "device":
-            options.devices.append(value)
-        elif name == "cache_size":
+        if name == "cache-size":
             options.cache_size = parse_size(value)
-        else:
+        elif name == "dbglevel":
             options.debug = int(value)
+        elif name == "record":
+            options.record = os.path.abspath(value)
+        else:
+            options.prefetch_list = os.path.abspath(value)
     except ValueError:
         raise UsageError(f"{name}={value}: not a number") from None
-    if options.offset < 0:
-        raise UsageError(f"offset={value}: negative")
+
+
+def _is_ignored(name: str) -> bool:
+    return name in _IGNORED or name.startswith("x-") or name == "comment"
 
 
 def _mount_options(options: Options, text: str) -> None:
-    for word in filter(None, _split(text)):
+    for word in filter(None, split_words(text)):
         name, equals, value = word.partition("=")
-        if name in ("offset", "device", "cache_size", "dbglevel") and equals:
-            _own(options, name, value)
-        elif name in _IGNORED or name.startswith("x-") or name == "comment":
+        own = name.replace("_", "-")
+        if own in _OWN and equals:
+            _own(options, own, value)
+        elif _source(options.source.set_mount_word, name, value) or _is_ignored(name):
             continue
         elif name == "debug":
             options.debug = max(options.debug, 3)
@@ -164,29 +216,12 @@ def _mount_options(options: Options, text: str) -> None:
             raise UsageError(f"unknown mount option {word!r}")
 
 
-def _split(text: str) -> list[str]:
-    """Split at commas that no backslash precedes."""
-    words = [""]
-    escaped = False
-    for c in text:
-        if escaped:
-            words[-1] += c
-            escaped = False
-        elif c == "\\":
-            escaped = True
-        elif c == ",":
-            words.append("")
-        else:
-            words[-1] += c
-    return words
-
-
-def fuse_words(options: Options) -> list[str]:
-    """What libfuse is to be told, escaped for its parser, ASCII only."""
+def fuse_words(options: Options, name: str) -> list[str]:
+    """What libfuse is to be told, escaped for its parser, ASCII only.  ``name``: of the source."""
     words = ["ro"]
     given = {w.partition("=")[0] for w in options.fuse}
     if "fsname" not in given:
-        words.append("fsname=" + os.path.abspath(options.image))
+        words.append("fsname=" + name)
     if "subtype" not in given:
         words.append("subtype=pyerofs-fuse")
     if options.shared and "default_permissions" not in given:

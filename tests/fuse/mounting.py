@@ -110,8 +110,14 @@ def kernel_mounted(manifest: Manifest, where: Path) -> Iterator[Path]:
 
 
 def unmount(where: Path, *options: str, **how: Any) -> None:
-    """What users do."""
-    subprocess.run(["fusermount3", "-u", *options, where], check=True, timeout=30, **how)
+    """What users do.  Again where it is busy: the daemon may be looking at its new mount itself."""
+    command: list[Word] = ["fusermount3", "-u", *options, where]
+    for _ in range(20):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, **how)
+        if "busy" not in done.stderr:
+            break
+        time.sleep(0.05)
+    assert done.returncode == 0, done.stderr
 
 
 def wait_until(condition: Callable[[], object], patience: float = PATIENCE) -> bool:
