@@ -1,4 +1,4 @@
-"""The home of the NBD exporter, `pyerofs-nbd`.  It has not moved in yet: see CHANGELOG.md.
+"""`pyerofs-nbd`: any source as a network block device, served, attached, mounted, recovered.
 
 It may import ``pyerofs.sources`` and never the parser: a device is just bytes.
 """

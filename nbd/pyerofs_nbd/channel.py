@@ -1,0 +1,235 @@
+"""How the server talks to one client: a socket, a pair of pipes, or TLS over a socket.
+
+None of these is a checkpoint where it needs no waiting: a checkpoint costs as much as a dozen small
+reads.  One task at a time may be sending; to cancel it leaves the stream in pieces.  A client that went
+away is one of GONE from any of them, or 0 bytes received.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from collections.abc import Sequence
+from math import inf
+from typing import Protocol
+
+import trio
+
+from pyerofs.sources.base import Buffer
+
+MAX_SENDFILE = 2 << 20  # bytes a call: what it sends at once holds up all other clients
+CHUNK = 64 << 10  # bytes received at once where it can't be done in place
+LAST = int(socket.MSG_NOSIGNAL)  # plain numbers: putting enumerations together takes microseconds
+MORE = int(socket.MSG_NOSIGNAL | socket.MSG_MORE)
+GONE = (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError)
+
+
+class Channel(Protocol):
+    """One client's connection.  ``stalled`` is the trio time since when nothing could be sent, because
+    the client does not read; inf otherwise."""
+
+    stalled: float
+
+    async def receive(self, into: memoryview) -> int:
+        """Bytes received, 0 at the end."""
+
+    async def send(self, parts: Sequence[Buffer], *, more: bool = False) -> None:
+        """Send all parts.  ``more`` follows at once."""
+
+    @property
+    def sends_files(self) -> bool:
+        """Whether ``send_file`` can be used."""
+
+    async def send_file(self, fd: int, offset: int, length: int) -> None:
+        """Send a part of a file without having it in memory.  Reads from the disk if it must, which
+        holds up everything.  Raises OSError too where the file ends early."""
+
+    def wake(self) -> None:
+        """Have ``receive`` raise trio.ClosedResourceError if it is waiting; nothing is lost by that,
+        and ``send`` goes on."""
+
+    async def aclose(self) -> None:
+        """End the connection.  Never raises but when cancelled, and closes all the same."""
+
+
+class SocketChannel:
+    """A connected stream socket, without a layer between it and the system calls."""
+
+    sends_files = True
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.stalled = inf
+        self._fd = sock.fileno()
+
+    async def receive(self, into: memoryview) -> int:
+        sock = self.sock
+        try:
+            return sock.recv_into(into)
+        except BlockingIOError:
+            pass
+        while True:
+            await trio.lowlevel.wait_readable(sock)
+            try:
+                return sock.recv_into(into)
+            except BlockingIOError:
+                continue
+
+    async def send(self, parts: Sequence[Buffer], *, more: bool = False) -> None:
+        flags = MORE if more else LAST
+        sizes = sum(map(len, parts))
+        while True:
+            try:
+                sent = self.sock.sendmsg(parts, (), flags)
+            except BlockingIOError:
+                sent = 0
+            sizes -= sent
+            if not sizes:
+                return
+            parts = unsent(parts, sent)
+            await _writable(self, self._fd)
+
+    async def send_file(self, fd: int, offset: int, length: int) -> None:
+        while True:
+            try:
+                sent = os.sendfile(self._fd, fd, offset, min(length, MAX_SENDFILE))
+            except BlockingIOError:
+                await _writable(self, self._fd)
+                continue
+            if not sent:
+                raise OSError(f"the file ended at {offset} while it was being sent")
+            offset += sent
+            length -= sent
+            if not length:
+                return
+
+    def wake(self) -> None:
+        trio.lowlevel.notify_closing(self.sock)
+
+    async def aclose(self) -> None:
+        close(self.sock)
+
+
+class PipeChannel:
+    """Two pipes (or terminals, or what else a process may be started with), which are then owned."""
+
+    sends_files = False
+
+    def __init__(self, read: int, write: int) -> None:
+        self.stalled = inf
+        self._read = read
+        self._write = write
+        # others may have the same pipes: how they were is how they will be left
+        self._was = [(fd, os.get_blocking(fd)) for fd in (read, write)]
+        for fd, _ in self._was:
+            os.set_blocking(fd, False)
+
+    async def receive(self, into: memoryview) -> int:
+        while True:
+            try:
+                return os.readv(self._read, [into])
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._read)
+
+    async def send(self, parts: Sequence[Buffer], *, more: bool = False) -> None:
+        sizes = sum(map(len, parts))
+        while True:
+            try:
+                sent = os.writev(self._write, parts)
+            except BlockingIOError:
+                sent = 0
+            sizes -= sent
+            if not sizes:
+                return
+            parts = unsent(parts, sent)
+            await _writable(self, self._write)
+
+    async def send_file(self, fd: int, offset: int, length: int) -> None:
+        raise NotImplementedError
+
+    def wake(self) -> None:
+        trio.lowlevel.notify_closing(self._read)
+
+    async def aclose(self) -> None:
+        was, self._was = self._was, []
+        self._read = self._write = -1
+        for fd, blocking in was:
+            trio.lowlevel.notify_closing(fd)
+            try:
+                os.set_blocking(fd, blocking)
+                os.close(fd)
+            except OSError:
+                pass  # whatever it was, it is gone
+
+
+class TlsChannel:
+    """TLS over a socket.  Bytes are copied several times on this way; it is a few times slower."""
+
+    sends_files = False
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
+        self.stalled = inf
+        self._sock = sock
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+        # https_compatible: that a client does not say goodbye is no error
+        self._stream = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
+
+    async def shake_hands(self) -> None:
+        """Raises what GONE lists."""
+        await self._stream.do_handshake()
+
+    async def receive(self, into: memoryview) -> int:
+        found = await self._stream.receive_some(min(len(into), CHUNK))
+        into[: len(found)] = found
+        return len(found)
+
+    async def send(self, parts: Sequence[Buffer], *, more: bool = False) -> None:
+        for part in parts if len(parts[-1]) > CHUNK else [b"".join(parts)]:
+            view = memoryview(part)
+            for at in range(0, len(view), CHUNK):
+                self.stalled = trio.current_time()
+                try:
+                    await self._stream.send_all(view[at : at + CHUNK])
+                finally:
+                    self.stalled = inf
+
+    async def send_file(self, fd: int, offset: int, length: int) -> None:
+        raise NotImplementedError
+
+    def wake(self) -> None:
+        trio.lowlevel.notify_closing(self._sock)
+
+    async def aclose(self) -> None:
+        try:
+            await self._stream.aclose()
+        except GONE:
+            pass
+
+
+async def _writable(channel: Channel, fd: int) -> None:
+    """Wait until a descriptor can be written to."""
+    channel.stalled = trio.current_time()
+    try:
+        await trio.lowlevel.wait_writable(fd)
+    except trio.ClosedResourceError:
+        pass  # woken, for the receiver's sake; or closed, which the next try will find
+    finally:
+        channel.stalled = inf
+
+
+def unsent(parts: Sequence[Buffer], sent: int) -> list[Buffer]:
+    """What is left of ``parts`` after their first ``sent`` bytes."""
+    for n, part in enumerate(parts):
+        if sent < len(part):
+            return [memoryview(part)[sent:], *parts[n + 1 :]]
+        sent -= len(part)
+    return []
+
+
+def close(sock: socket.socket) -> None:
+    """Close a socket that tasks may be waiting for.  Idempotent."""
+    if sock.fileno() >= 0:
+        trio.lowlevel.notify_closing(sock)
+        sock.close()

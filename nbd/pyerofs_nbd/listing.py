@@ -1,0 +1,80 @@
+"""What ``--list`` shows: every nbd device that is attached."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from pyerofs.daemon import one_line
+from pyerofs.units import format_size
+from pyerofs_nbd import control, device, recovery
+from pyerofs_nbd.device import NbdError
+from pyerofs_nbd.reattach import load
+
+
+def rows() -> list[dict[str, Any]]:
+    """One for each device.  ``state`` is alive, dead, disconnected (but
+    somebody has it open) or unknown (where another program serves it)."""
+    return [_row(index) for index in device.devices()]
+
+
+def _row(index: int) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "device": device.node(index),
+        "state": "unknown",
+        "source": None,
+        "size": device.size(index),
+        "mountpoints": [mount.where for mount in device.mounts_of(index)],
+        "recovery": device.backend(index) or None,
+        "pid": None,
+        "fetched": None,
+    }
+    path = row["recovery"]
+    if path is None:
+        return row
+    try:
+        record = load(path, accept_unpinned=True)
+    except NbdError:
+        if recovery.is_ours(path) and not os.path.lexists(path):
+            row["state"] = "disconnected"
+        return row
+    row["source"] = record.source.name
+    if recovery.alive(path):
+        row["state"] = "alive"
+        answer = control.ask(recovery.control_path(path), {"ask": "status"}) or {}
+        row["pid"] = answer.get("pid")
+        fetched = answer.get("fetched")
+        row["fetched"] = answer.get("bytes") if fetched is None else fetched
+    elif record.fingerprint is not None:
+        row["state"] = "dead"
+    return row
+
+
+def as_json() -> str:
+    return json.dumps(rows(), indent=1)
+
+
+def as_table() -> str:
+    """For people; empty where there are no devices."""
+    found = rows()
+    if not found:
+        return ""
+    lines = [("DEVICE", "STATE", "SIZE", "FETCHED", "MOUNTED AT", "SOURCE")]
+    for row in found:
+        fetched = row["fetched"]
+        lines.append(
+            (
+                row["device"],
+                row["state"],
+                format_size(row["size"]),
+                "-" if fetched is None else format_size(fetched),
+                one_line(" ".join(row["mountpoints"])) or "-",
+                one_line(row["source"] or "-"),
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+    return "\n".join(
+        "  ".join([*(c.ljust(w) for c, w in zip(line[:5], widths, strict=True)), line[5]])
+        for line in lines
+    )
