@@ -11,8 +11,8 @@ import sys
 
 from common import HERE, options, say
 
-BENCHMARKS = ("startup", "library", "mounts", "extract", "growth", "soak")
-WITHOUT_IMAGES = {"startup", "growth"}
+BENCHMARKS = ("startup", "library", "mounts", "extract", "growth", "soak", "remote", "nbd")
+WITHOUT_IMAGES = {"startup", "growth", "nbd"}
 WITHOUT_ROUNDS = {"soak"}
 
 
