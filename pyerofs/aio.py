@@ -24,6 +24,7 @@ from pyerofs.extent import extents
 from pyerofs.image import Target
 from pyerofs.memory import (
     DEFAULT_CACHE_SIZE,
+    INLINE_NS,
     Fault,
     FaultingMemory,
     NotDecoded,
@@ -183,7 +184,7 @@ class AsyncImage:
 
     async def _fetch(self, device: int, offset: int, length: int) -> Buffer:
         source = self._sources[device]
-        if source.blocking is not None and source.quick and self.memory.alone():
+        if source.blocking is not None and source.quick and self.memory.spare() > INLINE_NS:
             return source.blocking.read_at(offset, length)
         return await self._once(
             (device, offset, length), lambda: source.read_at(offset, length), lambda _: True
@@ -210,7 +211,7 @@ class AsyncImage:
             source = self._sources[e.device]
             if e.window:
                 encoded = await self.call(memory.encoded, pcluster)
-            elif source.blocking is None or (source.quick and memory.alone()):
+            elif source.blocking is None or (source.quick and memory.spare() > INLINE_NS):
                 encoded = await self._fetch(e.device, e.offset, e.length)
             else:  # one trip to a thread for both
                 try:

@@ -27,6 +27,9 @@ class Report(Protocol):
     def failed(self, message: str) -> NoReturn:
         """It can't; ends the process."""
 
+    def leave(self) -> None:
+        """Called by a process that was forked from the one that reports."""
+
 
 class Foreground:
     """A report for a process that stays where it is."""
@@ -36,6 +39,9 @@ class Foreground:
         self._command = command
 
     def ready(self) -> None:
+        pass
+
+    def leave(self) -> None:
         pass
 
     def failed(self, message: str) -> NoReturn:
@@ -51,17 +57,26 @@ class Background:
 
     def ready(self) -> None:
         """Detach from the terminal and let the parent exit with 0."""
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        if null > 2:
-            os.close(null)
+        _detach()
         os.write(self._fd, b"\0")
+        os.close(self._fd)
+
+    def leave(self) -> None:
+        _detach()
         os.close(self._fd)
 
     def failed(self, message: str) -> NoReturn:
         os.write(self._fd, one_line(message).encode("utf-8", "backslashreplace"))
         os._exit(1)
+
+
+def _detach() -> None:
+    """Let go of the terminal."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    if null > 2:
+        os.close(null)
 
 
 def fork(command: str) -> Background:

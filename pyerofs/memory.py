@@ -270,7 +270,6 @@ Peek = Callable[[int, int], Buffer | None]
 # Nanoseconds to decode one byte, measured on a slow machine; a thread hop costs about 60 us.
 _NS_PER_BYTE = {ALG_LZ4: 0.4, ALG_ZSTD: 1.2, ALG_DEFLATE: 2.5, ALG_LZMA: 18.0, ALG_INTERLACED: 0.1}
 INLINE_NS = 100_000
-ALONE_NS = 400_000  # while nobody else wants the event loop
 
 
 def decode_ns(pcluster: Pcluster) -> float:
@@ -287,8 +286,8 @@ class FaultingMemory(Memory):
     """Answers from memory, decodes what is cheap, raises Faults for the rest.
 
     For one event loop's thread.  ``pins`` holds, for the duration of one parser call, what was
-    fetched for it, so that the call makes progress however small the caches are.  ``alone`` tells
-    whether nobody else wants anything of the event loop just now; then more may be done on it."""
+    fetched for it, so that the call makes progress however small the caches are.  ``spare`` tells
+    how many nanoseconds of work on the event loop hurt nobody, as things are."""
 
     def __init__(
         self, peeks: Sequence[Peek], sizes: Sequence[int], names: Sequence[str], cache_size: int
@@ -296,7 +295,7 @@ class FaultingMemory(Memory):
         super().__init__(sizes, names, cache_size)
         self._peeks = tuple(peeks)
         self.pins: dict[object, Buffer] = {}
-        self.alone: Callable[[], bool] = lambda: False
+        self.spare: Callable[[], float] = lambda: INLINE_NS
         self.under_way: Container[object] = ()  # keys of pclusters that somebody is decoding
 
     def _load(self, device: int, offset: int, length: int, window: bool) -> Buffer:
@@ -310,7 +309,7 @@ class FaultingMemory(Memory):
     def decodes_here(self, pcluster: Pcluster) -> bool:
         """Whether a pcluster is decoded on the event loop, as things are."""
         ns = decode_ns(pcluster)
-        return ns < INLINE_NS or (ns < ALONE_NS and self.alone())
+        return ns < INLINE_NS or ns < self.spare()
 
     def _decode(self, pcluster: Pcluster) -> bytes:
         pinned = self.pins.get(pcluster)

@@ -61,17 +61,12 @@ def _mount(options: Options, spec: SourceSpec, access: Access, first: list[str])
 
     report: Report = Foreground("pyerofs-fuse") if options.foreground else fork("pyerofs-fuse")
     try:
-        import trio
-
-        from pyerofs_fuse import mount
+        from pyerofs_fuse import serve
     except ImportError as e:
         report.failed(f"{e}; is pyfuse3 installed? (it needs libfuse3-dev, pkg-config and gcc)")
     start_logging("pyerofs-fuse", foreground=options.foreground, debug=options.debug)
     try:
-        mount.check(options)
-        trio.run(mount.serve, options, spec, access, first, report)
-    except mount.MountError as e:
-        report.failed(str(e))
+        serve.run(serve.Job(options, spec, access, first, report))
     except KeyboardInterrupt:
         return 130
     return 0

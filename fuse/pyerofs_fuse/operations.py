@@ -26,11 +26,13 @@ from pyerofs import directory, tree, xattr
 from pyerofs import inode as inodes
 from pyerofs.aio import AsyncImage
 from pyerofs.errors import CorruptImage, ErofsError
-from pyerofs.memory import Fault
+from pyerofs.memory import INLINE_NS, Fault
 from pyerofs.model import Inode
 from pyerofs.ondisk import NAME_LEN
 from pyerofs.sources.base import Buffer
+from pyerofs_fuse.handles import Handles
 from pyerofs_fuse.stream import StreamedFile, Streamer
+from pyerofs_fuse.turns import Turns
 
 log = logging.getLogger("pyerofs-fuse")
 
@@ -38,10 +40,15 @@ FOREVER = 1e9  # seconds; the image can't change
 ENTRIES_AT_ONCE = 128  # directory entries prepared in one go: a fraction of a millisecond
 MAX_DIRECTORIES = 1024  # inodes of directories that are kept decoded
 STORE_SIZE = 128 << 10  # files up to this size go to the kernel's page cache when they are opened
+LONG_READ = 256 << 10  # bytes from which on answering takes so long that others should go on
+MAX_FILES = 1024  # that were read lately
 MAX_STORED = 1 << 15  # of them are remembered; forgetting one costs a copy, nothing else
 MAX_ROWS = 1 << 16  # directory entries kept ready to be sent, of all directories: about 25 MB
+MAX_LISTINGS = 1 << 14
 MAX_DIRECTORY_ROWS = 1 << 13  # and of one; larger directories are prepared as they are read
 MAX_RECORDED = 1 << 20  # files that are remembered as opened
+ALONE_NS = 400_000  # that the event loop may be busy while nobody wants it,
+HANDED_OVER_NS = 100_000_000  # and while it is another process' turn
 GRACE = 1.0  # seconds that what is under way gets to finish once we are told to stop
 
 T = TypeVar("T")
@@ -98,37 +105,41 @@ def answers(
 Row = tuple[bytes, EntryAttributes, int]
 
 
-class DirectoryHandle:
-    """An open directory: entries that lie one after another, ``whole`` if from the first one on."""
+class Listing:
+    """Entries of a directory that lie one after another."""
 
-    __slots__ = ("inode", "rows", "whole")
+    __slots__ = ("counted", "first", "inode", "rows", "whole")
 
-    def __init__(self, inode: Inode, rows: list[Row]) -> None:
+    def __init__(self, inode: Inode) -> None:
         self.inode = inode
-        self.rows = rows
-        self.whole = True
+        self.rows: list[Row] = []
+        self.first = True  # the first of them is the directory's
+        self.whole = False  # and the last one, too
+        self.counted = 0
 
 
-class RowCache:
-    """The entries of whole directories, the least recently read dropped first."""
+class Listings:
+    """The directories that were listed lately, the least recently read dropped first."""
 
     def __init__(self) -> None:
-        self._directories: OrderedDict[int, list[Row]] = OrderedDict()
+        self._listings: OrderedDict[int, Listing] = OrderedDict()
         self._rows = 0
 
-    def get(self, nid: int) -> list[Row] | None:
-        rows = self._directories.get(nid)
-        if rows is not None:
-            self._directories.move_to_end(nid)
-        return rows
+    def get(self, node: int) -> Listing | None:
+        found = self._listings.get(node)
+        if found is not None:
+            self._listings.move_to_end(node)
+        return found
 
-    def put(self, nid: int, rows: list[Row]) -> None:
-        if nid not in self._directories:
-            self._directories[nid] = rows
-            self._rows += len(rows)
-            while self._rows > MAX_ROWS:
-                _, gone = self._directories.popitem(last=False)
-                self._rows -= len(gone)
+    def put(self, node: int, listing: Listing) -> None:
+        """Keep a listing, or what it has become."""
+        self._listings[node] = listing
+        self._rows += len(listing.rows) - listing.counted
+        listing.counted = len(listing.rows)
+        while self._rows > MAX_ROWS or len(self._listings) > MAX_LISTINGS:
+            _, gone = self._listings.popitem(last=False)
+            self._rows -= gone.counted
+            gone.counted = 0
 
 
 class Operations(pyfuse3.Operations):
@@ -137,28 +148,41 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = True
     enable_writeback_cache = False
 
-    def __init__(self, image: AsyncImage, *, shared: bool, record: bool = False) -> None:
+    def __init__(self, turns: Turns, *, shared: bool, record: bool = False) -> None:
         """``shared``: other users may look in, so the kernel has to check permissions and ACLs.
         ``record``: keep in ``opened`` which files were opened, in that order."""
         super().__init__()
         self.enable_acl = shared
+        self.greeted = trio.Event()  # the kernel has said hello
+        self.opened: dict[int, None] = {}
+        self._record = record
+        self._turns = turns
+        self._handles = Handles()
+        self._info = FileInfo(keep_cache=True)
+        self._attr = EntryAttributes()
+        self._attr.entry_timeout = FOREVER
+        self._files: dict[int, StreamedFile] = {}
+        self._stored: dict[int, None] = {}  # nodes whose data the kernel was given lately
+        self._listings = Listings()
+        self._directories: dict[int, Inode] = {}
+        self._waiting: set[trio.CancelScope] = set()
+        self._reported: set[int | None] = set()
+
+    def attach(self, image: AsyncImage) -> None:
+        """Answer from this image, from now on."""
         self._image = image
         self._volume = image.volume
         self._root_nid = image.volume.sb.root_nid
-        self._handles: dict[int, StreamedFile | DirectoryHandle] = {}
-        self._next_handle = 1
-        self._directories: dict[int, Inode] = {}
-        self._waiting: set[trio.CancelScope] = set()
-        self._opened: dict[int, int] = {}  # nid -> handles open or opening
-        self._stored: dict[int, None] = {}  # nids whose data the kernel was given lately
-        self._streamer = Streamer(image)
-        self.opened: dict[int, None] = {}
-        self._record = record
-        self._rows = RowCache()
-        self._attr = EntryAttributes()
         self._attr.st_blksize = image.volume.sb.block_size
-        self._attr.entry_timeout = FOREVER
-        self._reported: set[int | None] = set()
+        self._streamer = Streamer(image)
+        image.memory.spare = self._spare
+        if self._turns.shared:
+            image.ahead = 0  # what comes next may be asked of another process
+
+    def init(self) -> None:
+        """The kernel says hello; what else it says waits until there are all who answer."""
+        self._turns.hold()
+        self.greeted.set()
 
     # what all operations use ---------------------------------------------------------
 
@@ -176,6 +200,14 @@ class Operations(pyfuse3.Operations):
     def waiting(self) -> int:
         """How many operations wait for a thread or the network (or are about to)."""
         return len(self._waiting)
+
+    def _spare(self) -> float:
+        """How many nanoseconds this process may be busy without keeping anybody waiting."""
+        if len(self._waiting) > 1:
+            return INLINE_NS
+        if not self._turns.mine:
+            return HANDED_OVER_NS
+        return ALONE_NS if self._turns.idle() else INLINE_NS
 
     def report(self, e: ErofsError) -> None:
         """Log an error, but only the first one about an inode."""
@@ -267,12 +299,6 @@ class Operations(pyfuse3.Operations):
         attr.st_atime_ns = attr.st_mtime_ns = attr.st_ctime_ns = inode.mtime_ns
         return attr
 
-    def _handle(self, opened: StreamedFile | DirectoryHandle) -> int:
-        number = self._next_handle
-        self._next_handle += 1
-        self._handles[number] = opened
-        return number
-
     # inodes --------------------------------------------------------------------------
 
     @answers(metadata=True)
@@ -339,36 +365,45 @@ class Operations(pyfuse3.Operations):
 
     @answers(metadata=True)
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        found = await self._directory(inode)
-        rows = self._rows.get(found.nid)
-        return self._handle(DirectoryHandle(found, [] if rows is None else rows))
+        await self._listing(inode)
+        return inode
+
+    async def _listing(self, node: int) -> Listing:
+        found = self._listings.get(node)
+        if found is None:
+            found = Listing(await self._directory(node))
+            self._listings.put(node, found)
+        return found
 
     @answers(metadata=True)
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        handle: Any = self._handles[fh]
+        listing = await self._listing(fh)
         reply = pyfuse3.readdir_reply
-        rows: list[Row] = handle.rows
+        rows = listing.rows
         at = bisect_right(rows, start_id, key=_cookie) if start_id else 0
-        if not at and start_id:  # a seek to before what we have
+        if not at and (start_id or not listing.first):  # before what we have
             rows = []
         while True:
             for name, attr, cookie in islice(rows, at, None):
                 if not reply(token, name, attr, cookie):
                     return
                 start_id = cookie
-            more = await self._run(self._prepare, handle.inode, start_id)
-            if not more:
-                if handle.whole:
-                    self._rows.put(handle.inode.nid, handle.rows)
+            if listing.whole and rows is listing.rows:
                 return
-            follows = rows is handle.rows and (rows[-1][2] if rows else 0) == start_id
+            self._turns.share()
+            more = await self._run(self._prepare, listing.inode, start_id)
+            follows = rows is listing.rows and (rows[-1][2] if rows else 0) == start_id
+            if not more:
+                listing.whole = follows and listing.first
+                return
             if follows and len(rows) < MAX_DIRECTORY_ROWS:
                 at = len(rows)
                 rows += more
             else:
                 at = 0
-                rows = handle.rows = more
-                handle.whole = False
+                listing.first = not start_id
+                rows = listing.rows = more
+            self._listings.put(fh, listing)
 
     def _prepare(self, parent: Inode, cookie: int) -> list[Row]:
         """Some entries from ``cookie`` on, with their attributes; [] at the end."""
@@ -397,32 +432,45 @@ class Operations(pyfuse3.Operations):
 
     @answers(metadata=True)
     async def releasedir(self, fh: int) -> None:
-        del self._handles[fh]
+        pass
 
     # files ---------------------------------------------------------------------------
 
     @answers(metadata=True)
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        found = await self._inode(inode)
-        file = StreamedFile(self._streamer, found, inode)
-        nid = found.nid
-        if self._record and len(self.opened) < MAX_RECORDED:
-            self.opened[nid] = None
-        self._opened[nid] = self._opened.get(nid, 0) + 1
+        self._handles.opened(inode)
         try:
-            if 0 < found.size <= STORE_SIZE and nid not in self._stored:
+            self._turns.share()
+            file = await self._file(inode)
+            if self._record and len(self.opened) < MAX_RECORDED:
+                self.opened[file.inode.nid] = None
+            if 0 < file.inode.size <= STORE_SIZE and inode not in self._stored:
                 await self._store(inode, file)
         except BaseException:
-            self._closed(nid)
+            if self._turns.mine:  # a count too high costs no more than that nothing is stored
+                self._handles.closed(inode)
             raise
-        return FileInfo(fh=self._handle(file), keep_cache=True)
+        self._info.fh = inode
+        return self._info
+
+    async def _file(self, node: int) -> StreamedFile:
+        file = self._files.get(node)
+        if file is None:
+            file = StreamedFile(self._streamer, await self._inode(node), node)
+            if len(self._files) >= MAX_FILES:
+                del self._files[next(iter(self._files))]
+            self._files[node] = file
+        return file
 
     async def _store(self, node: int, file: StreamedFile) -> None:
         """Put a small file's data into the kernel's page cache, so that no READ ever comes.
 
         A READ that is under way for one of these pages, even one that we have not received yet,
-        holds the page's lock, and storing the page would wait for its answer: for ever, since we
-        are the one to answer.  READs need a handle; hence only while no other is open or opening."""
+        holds the page's lock, and storing the page would wait for its answer: for ever, if we
+        are the one to answer.  READs need a handle; hence only while no other is open or opening,
+        in any of the processes.  Should another be opened just afterwards, its READs are left to
+        another process, and those can't all be waiting here: the last one that came has counted
+        the handles when nobody was left to open one more."""
         inode = file.inode
         try:
             try:
@@ -431,26 +479,23 @@ class Operations(pyfuse3.Operations):
                 if not self._image.local:
                     return  # opening alone must not fetch from afar
                 found = await self._wait(self._image.read_data(inode, 0, inode.size))
-            if self._opened[inode.nid] == 1:
+            if self._handles.count(node) == 1:
                 pyfuse3.notify_store(node, 0, found)  # type: ignore[arg-type]
                 if len(self._stored) >= MAX_STORED:
                     del self._stored[next(iter(self._stored))]
-                self._stored[inode.nid] = None
+                self._stored[node] = None
         except (ErofsError, OSError) as e:
             log.debug("nid %d is not stored: %s", inode.nid, e)  # reading it will tell
 
-    def _closed(self, nid: int) -> None:
-        left = self._opened[nid] - 1
-        if left:
-            self._opened[nid] = left
-        else:
-            del self._opened[nid]
-
     @answers(metadata=False)
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]
-        file: Any = self._handles[fh]
+        if size >= LONG_READ:
+            self._turns.pass_on()
+        else:
+            self._turns.share()
+        file = self._files.get(fh) or await self._file(fh)
         try:
-            found: Buffer = file.read_now(off, size)
+            found = file.read_now(off, size)
         except Fault:
             found = await self._wait(self._image.read_data(file.inode, off, size))
         if not file.sequential:
@@ -459,8 +504,7 @@ class Operations(pyfuse3.Operations):
 
     @answers(metadata=True)
     async def release(self, fh: int) -> None:
-        file: Any = self._handles.pop(fh)
-        self._closed(file.inode.nid)
+        self._handles.closed(fh)
 
     @answers(metadata=True)
     async def flush(self, fh: int) -> None:

@@ -26,7 +26,7 @@ options:
   --dbglevel=N      0 (errors only) to 9; 3 and above log each request
   -f                stay in the foreground and log to stderr
   -d                like -f, and log requests
-  -s                accepted for compatibility: one event loop serves all requests anyway
+  -s                serve with one process, rather than one for each processor
   -o OPT[,OPT...]   mount options: allow_other, allow_root, default_permissions, auto_unmount,
                     nodev, nosuid, noexec, max_read=N, fsname=NAME, subtype=NAME; also all options
                     with values below and above (cache_size=N), and mount.erofs' oci.blob=,
@@ -86,6 +86,7 @@ class Options:
     record: str | None = None
     cache_size: int = 64 << 20
     foreground: bool = False
+    single: bool = False  # one process
     debug: int = 0
     fuse: list[str] = field(default_factory=list)
     show: str = ""  # "help" or "version": only that
@@ -171,7 +172,9 @@ def _short(options: Options, letter: str) -> None:
         options.show = "help"
     elif letter == "V":
         options.show = "version"
-    elif letter not in "sn":  # -n: mount(8) passes it on
+    elif letter == "s":
+        options.single = True
+    elif letter != "n":  # mount(8) passes that on
         raise UsageError(f"unknown option -{letter}")
 
 

@@ -133,6 +133,11 @@ def pinned_spec(spec: SourceSpec, sources: Sequence[AsyncSource]) -> SourceSpec:
     return replace(primary or spec, devices=found)
 
 
+def is_near(spec: SourceSpec) -> bool:
+    """Whether an image and its devices are plain files on this machine."""
+    return all(_far(item) is None for item in (spec, *spec.devices))
+
+
 def _far(what: Openable) -> SourceSpec | None:
     """The spec of something that takes more than opening a file."""
     if isinstance(what, SourceSpec):

@@ -169,6 +169,17 @@ def daemons(where: Path) -> list[int]:
     ]
 
 
+def captain(where: Path) -> int:
+    """The one of them that the others came from."""
+    pids = daemons(where)
+    (pid,) = (pid for pid in pids if _parent(pid) not in pids)
+    return pid
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def _serves(pid: int, where: Path) -> bool:
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")  # empty for zombies

@@ -1,0 +1,83 @@
+"""The processes that serve one mount, each with an interpreter of its own.
+
+They are forked once the kernel has said hello: libfuse's session then is the same in all of them.
+The first one, the captain, made the mount, minds signals and ends it; the others only answer
+requests.  If any of them dies, whoever waits for its answers would wait for ever; so then the mount
+ends, and the kernel gives them an error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+from contextlib import suppress
+
+import trio
+
+from pyerofs_fuse.turns import Turns
+
+log = logging.getLogger("pyerofs-fuse")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+class Crew:
+    """The processes of one mount, as the captain sees them."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.turns = Turns(size)
+        self._others: dict[int, int] = {}  # process id -> descriptor of the process
+
+    def fork(self) -> bool:
+        """Become so many processes.  False in all but the captain, who minds signals; the
+        others ignore them."""
+        captain = os.getpid()
+        for _ in range(self.size - 1):
+            child = os.fork()
+            if not child:
+                self._enlist(captain)
+                return False
+            self._others[child] = os.pidfd_open(child)
+        self.turns.mine = True
+        return True
+
+    def _enlist(self, captain: int) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != captain:  # it has died before it could be said
+            os._exit(1)
+        self.turns.mine = False
+        self._others = {}
+
+    async def death(self) -> None:
+        """Return as soon as another process has died of anything but the mount's end."""
+        died = trio.Event()
+
+        async def mind(child: int, fd: int) -> None:
+            await trio.lowlevel.wait_readable(fd)
+            _, status = os.waitpid(child, os.WNOHANG)  # noqa: ASYNC222 (it is dead)
+            os.close(self._others.pop(child))
+            if status:
+                log.error("process %d, which served the mount, died (status %#x)", child, status)
+                died.set()
+
+        async with trio.open_nursery() as nursery:
+            for child, fd in self._others.items():
+                nursery.start_soon(mind, child, fd)
+            await died.wait()
+            nursery.cancel_scope.cancel()
+
+    def end(self) -> None:
+        """End the other processes."""
+        for child, fd in self._others.items():
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            os.close(fd)
+        self._others = {}

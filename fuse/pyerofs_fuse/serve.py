@@ -1,0 +1,233 @@
+"""Open the image, mount it, serve it until it is unmounted or told to stop.
+
+What is far away is served by one process.  An image on this machine is served by as many as there
+are processors: it is opened, checked, mounted, and then the process forks (see ``crew``).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from typing import NamedTuple, NoReturn
+
+import pyfuse3
+import trio
+
+import pyerofs.aio
+from pyerofs.aio import AsyncImage
+from pyerofs.daemon import Report
+from pyerofs.errors import CorruptImage, ErofsError, UnsupportedFeature
+from pyerofs.image import Image
+from pyerofs.prefetch import paths_of, prefetch_metadata, prefetch_paths
+from pyerofs.progress import Download
+from pyerofs.sources.base import Source
+from pyerofs.sources.open import is_near, open_sources
+from pyerofs.sources.spec import Access, SourceSpec
+from pyerofs.status import publish
+from pyerofs_fuse import eager
+from pyerofs_fuse.crew import SIGNALS, Crew
+from pyerofs_fuse.mount import MountError, check, mounted, read_ahead, tune
+from pyerofs_fuse.operations import GRACE, Operations
+from pyerofs_fuse.options import Options
+
+log = logging.getLogger("pyerofs-fuse")
+
+MAX_PROCESSES = 4  # each costs memory; clients and the kernel need processors, too
+
+
+class Job(NamedTuple):
+    """What is to be mounted, and how."""
+
+    options: Options
+    spec: SourceSpec
+    access: Access
+    first: list[str]  # paths to be fetched before anything else, where the image is far away
+    report: Report
+
+    @property
+    def processes(self) -> int:
+        """How many serve it: one, where the network is what is waited for, or where all that is
+        opened has to be written down."""
+        if self.options.single or self.options.record is not None or not is_near(self.spec):
+            return 1
+        return min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+
+
+def run(job: Job) -> None:
+    """Mount and serve.  Returns when the mount is gone.  Reports, and ends, on failure."""
+    crew = Crew(job.processes)
+    operations = Operations(
+        crew.turns, shared=job.options.shared, record=job.options.record is not None
+    )
+    eager.enable(lambda: operations.waiting > 0, crew.turns)
+    try:
+        check(job.options)
+        if crew.size == 1:
+            trio.run(_serve_alone, job, operations)
+        else:
+            _serve_together(job, operations, crew)
+    except (CorruptImage, UnsupportedFeature) as e:
+        job.report.failed(f"{job.spec.name}: {e}")
+    except (ErofsError, MountError) as e:
+        job.report.failed(str(e))
+
+
+async def _serve_alone(job: Job, operations: Operations) -> None:
+    waiting = Download()
+    access = replace(job.access, progress=waiting.show)
+    size = job.options.cache_size
+    # signals first: once there is a mount, none may end us without unmounting
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        async with pyerofs.aio.open(job.spec, cache_size=size, access=access) as image:
+            waiting.close()
+            operations.attach(image)
+            with mounted(operations, job.options, job.spec.name):
+                settle()
+                await _lead(job, operations, image, signals)
+            if job.options.record is not None:
+                await _write_record(image, operations.opened, job.options.record)
+
+
+def _serve_together(job: Job, operations: Operations, crew: Crew) -> None:
+    sources = open_sources(job.spec, 0, ())
+    Image(sources)  # or this raises
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        with mounted(operations, job.options, job.spec.name):
+            trio.run(_greet, operations)
+            settle()
+            if not crew.fork():
+                _work(job, operations, crew, sources)
+            trio.run(_serve_with, job, operations, crew, sources)
+    finally:
+        crew.end()
+
+
+async def _greet(operations: Operations) -> None:
+    """Answer the kernel's first request, and no other."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pyfuse3.main)
+        await operations.greeted.wait()
+        nursery.cancel_scope.cancel()
+
+
+async def _serve_with(
+    job: Job, operations: Operations, crew: Crew, sources: Sequence[Source]
+) -> None:
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        async with _opened(job, crew, sources) as image, trio.open_nursery() as nursery:
+            operations.attach(image)
+            nursery.start_soon(_end_with, crew)
+            await _lead(job, operations, image, signals)
+            nursery.cancel_scope.cancel()
+
+
+async def _end_with(crew: Crew) -> None:
+    """End the mount once another process has died."""
+    await crew.death()
+    pyfuse3.terminate()
+
+
+def _work(job: Job, operations: Operations, crew: Crew, sources: Sequence[Source]) -> NoReturn:
+    """Answer requests until the mount is gone."""
+
+    async def work() -> None:
+        async with _opened(job, crew, sources) as image:
+            operations.attach(image)
+            await pyfuse3.main()
+            crew.turns.pass_on()  # so that the others see its end, too
+
+    status = 1
+    try:
+        job.report.leave()
+        trio.run(work)
+        status = 0
+    except BaseException:
+        log.exception("a process that serves the mount fails")
+    finally:
+        os._exit(status)
+
+
+def _opened(
+    job: Job, crew: Crew, sources: Sequence[Source]
+) -> AbstractAsyncContextManager[AsyncImage]:
+    """The image in one of several processes, each with its part of the memory."""
+    size = job.options.cache_size // crew.size
+    return pyerofs.aio.open(sources[0], devices=sources[1:], cache_size=size)
+
+
+def settle() -> None:
+    """Fit this process, and those to be forked from it, for serving."""
+    tune()
+    gc.collect()
+    gc.freeze()  # what start-up made stays; no need to look at it again and again
+
+
+async def _lead(
+    job: Job, operations: Operations, image: AsyncImage, signals: AsyncIterator[int]
+) -> None:
+    """Answer requests, and do all that one process has to do for a mount."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_background, job, image)
+        nursery.start_soon(_stop_on, signals, operations, nursery.cancel_scope)
+        nursery.start_soon(_announce, job)
+        await pyfuse3.main()
+        nursery.cancel_scope.cancel()
+    await operations.finish()
+
+
+async def _background(job: Job, image: AsyncImage) -> None:
+    """What goes on beside answering requests."""
+    about = {
+        "command": "pyerofs-fuse",
+        "mountpoint": job.options.mountpoint,
+        "source": job.spec.name,
+    }
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(publish, about, image.status)
+        if image.far:
+            await prefetch_paths(image, job.first)
+            if job.access.prefetch != "none":
+                await prefetch_metadata(image)
+
+
+async def _announce(job: Job) -> None:
+    """Report success once the mount has answered a request: from then on it is live, and the kernel
+    has agreed on how far it reads ahead, so that this can be changed."""
+    mountpoint = job.options.mountpoint
+    try:
+        await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
+    except OSError as e:
+        log.warning("%s: %s", mountpoint, e.strerror)
+    read_ahead(mountpoint)
+    job.report.ready()
+    log.info("mounted")
+
+
+async def _stop_on(
+    signals: AsyncIterator[int], operations: Operations, scope: trio.CancelScope
+) -> None:
+    async for number in signals:
+        log.info("stopping on signal %d", number)
+        operations.stop()
+        await operations.finish()
+        pyfuse3.terminate()
+        await trio.sleep(GRACE)
+        scope.cancel()
+
+
+async def _write_record(image: AsyncImage, nids: Collection[int], path: str) -> None:
+    """Write where the files are that were opened, in that order."""
+    try:
+        paths = await paths_of(image, nids)
+        text = "".join(f"{p}\n" for p in paths if "\n" not in p)
+        with open(path, "w", encoding="utf-8", errors="surrogateescape") as f:  # noqa: ASYNC230
+            f.write(text)
+    except (OSError, ErofsError) as e:
+        log.warning("%s: not written: %s", path, e)

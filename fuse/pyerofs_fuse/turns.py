@@ -1,0 +1,61 @@
+"""Which of several processes receives the next request.
+
+The processes that serve a mount share the kernel's queue.  Only one of them at a time waits for it
+and receives: whose turn it is.  It keeps the turn while requests are answered faster than they come,
+since waking another process costs more than that; it passes the turn on when it is about to be busy,
+or more is waiting already.  (All waiting at once is not possible: the kernel would wake them all for
+each request, and pyfuse3 would block in ``read`` where another was faster.)
+
+The turn is the one unit of a semaphore that the kernel keeps, an eventfd.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+
+SELECT_LIMIT = 1024  # select(2) can't look at descriptors from here on
+
+
+class Turns:
+    """This process's view of the turn.  Alone, it always has it."""
+
+    def __init__(self, processes: int) -> None:
+        """Made before the fork."""
+        self.shared = processes > 1
+        self.mine = True
+        self.fd = -1  # readable while nobody has the turn
+        self.queue = -1  # the kernel's queue of requests, once that is known
+        if self.shared:
+            self.fd = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def take(self) -> bool:
+        """Whether it is our turn; where nobody has it, from now on it is."""
+        if not self.mine:
+            try:
+                os.eventfd_read(self.fd)
+                self.mine = True
+            except BlockingIOError:
+                pass
+        return self.mine
+
+    def pass_on(self) -> None:
+        """Let another process receive what comes next."""
+        if self.shared and self.mine:
+            self.mine = False
+            os.eventfd_write(self.fd, 1)
+
+    def hold(self) -> None:
+        """Have nobody receive anything until somebody passes the turn on."""
+        self.mine = not self.shared
+
+    def share(self) -> None:
+        """Pass the turn on if requests are waiting."""
+        if self.shared and self.mine and not self.idle():
+            self.mine = False
+            os.eventfd_write(self.fd, 1)
+
+    def idle(self) -> bool:
+        """Whether no request waits to be received (as far as one can tell)."""
+        queue = self.queue
+        return 0 <= queue < SELECT_LIMIT and not select.select([queue], (), (), 0)[0]
