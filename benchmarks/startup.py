@@ -77,7 +77,7 @@ def main() -> None:
                             report.add("", "daemon memory then", "MiB", each.name, memory)
                 except CannotMount as e:
                     report.note(f"{each.name}: {e}")
-    report.appendix = imports("pyerofs_fuse.mount")
+    report.appendix = imports("pyerofs_fuse.serve")
     report.finish(args)
 
 

@@ -190,20 +190,18 @@ class AsyncImage:
             (device, offset, length), lambda: source.read_at(offset, length), lambda _: True
         )
 
-    async def _decoded(self, pcluster: Pcluster) -> bytes:
+    async def _decoded(self, pcluster: Pcluster) -> Buffer:
         """The decoded bytes of a pcluster; decoded once for all that want it."""
         found = self.memory.pclusters.get(pcluster[:5])
         if found is not None and len(found) >= pcluster.length:
             return found
-        out = await self._once(
+        return await self._once(
             pcluster[:5],
             lambda: self._decode(pcluster),
             lambda result: len(result) >= pcluster.length,
         )
-        assert isinstance(out, bytes)
-        return out
 
-    async def _decode(self, pcluster: Pcluster) -> bytes:
+    async def _decode(self, pcluster: Pcluster) -> Buffer:
         memory = self.memory
         try:
             encoded = memory.encoded(pcluster)
@@ -228,7 +226,7 @@ class AsyncImage:
             memory.decode, pcluster, encoded, limiter=self._decoders
         )
 
-    def _read_and_decode(self, source: Source, pcluster: Pcluster) -> bytes:
+    def _read_and_decode(self, source: Source, pcluster: Pcluster) -> Buffer:
         encoded = source.read_at(pcluster.address, pcluster.size)
         return self.memory.decode(pcluster, encoded)
 
@@ -452,10 +450,13 @@ class AsyncImage:
             raise ValueError(f"negative offset or length: {offset}, {length}")
         return bytes(await self.read_data(inode, offset, length))
 
-    async def read_data(self, inode: Inode, offset: int, length: int) -> Buffer:
-        """Like ``read`` of an inode's data of any type, and without a copy where possible."""
+    async def read_data(
+        self, inode: Inode, offset: int, length: int, sparse: bool = False
+    ) -> Buffer:
+        """Like ``read`` of an inode's data of any type, and without a copy where possible.
+        ``sparse``: what lies behind it is not likely to be read soon."""
         try:
-            return data.read(self.volume, inode, offset, length)
+            return data.read(self.volume, inode, offset, length, sparse)
         except Fault:
             pass
         found = await self.call(self._map, inode, offset, length)
@@ -465,13 +466,13 @@ class AsyncImage:
             for e in found
         ]
         if len(cuts) == 1:
-            return await self._piece(inode, *cuts[0])
+            return await self._piece(inode, *cuts[0], sparse)
         parts: list[Buffer] = [b""] * len(cuts)
         todo = iter(range(len(cuts)))
 
         async def get(_: int) -> None:
             for i in todo:
-                parts[i] = await self._piece(inode, *cuts[i])
+                parts[i] = await self._piece(inode, *cuts[i], sparse)
 
         await run_all(get, range(min(len(cuts), MAX_PIECES)))
         return b"".join(parts)
@@ -484,10 +485,15 @@ class AsyncImage:
     def _map(self, inode: Inode, offset: int, length: int) -> list[Extent]:
         return list(extents(self.volume, inode, offset, length))
 
-    async def _piece(self, inode: Inode, extent: Extent, skip: int, length: int) -> Buffer:
+    async def _piece(
+        self, inode: Inode, extent: Extent, skip: int, length: int, sparse: bool
+    ) -> Buffer:
         """The asynchronous twin of ``data.piece``."""
         if extent.kind == ENCODED:
-            decoded = await self._decoded(data.pcluster(self.volume, inode, extent))
+            wanted = data.pcluster(self.volume, inode, extent)
+            if sparse:
+                wanted = self.memory.enough(wanted, skip + length)
+            decoded = await self._decoded(wanted)
             return memoryview(decoded)[skip : skip + length]
         if extent.kind == PLAIN:
             address = extent.address + skip
@@ -538,12 +544,12 @@ class AsyncFile:
         """Like ``read_at`` where that need not wait.  Raises a Fault where it would; then go on with
         ``AsyncImage.read_data``, for this has taken note of the read."""
         self._foresee(offset, length)
-        return data.read(self.image.volume, self.inode, offset, length)
+        return data.read(self.image.volume, self.inode, offset, length, not self.sequential)
 
     async def read_at(self, offset: int, length: int) -> Buffer:
         """Up to ``length`` bytes at ``offset``; fewer only at the file's end."""
         self._foresee(offset, length)
-        return await self.image.read_data(self.inode, offset, length)
+        return await self.image.read_data(self.inode, offset, length, not self.sequential)
 
     def _foresee(self, offset: int, length: int) -> None:
         end = offset + length

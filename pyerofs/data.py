@@ -20,9 +20,11 @@ from pyerofs.volume import Volume
 MAX_READ = 1 << 31  # bytes in one call: what a caller can hold in memory anyway
 
 
-def read(vol: Volume, inode: Inode, offset: int, length: int) -> Buffer:
+def read(vol: Volume, inode: Inode, offset: int, length: int, sparse: bool = False) -> Buffer:
     """Up to ``length`` bytes at ``offset``, less only at the file's end.  No copy where the range
-    lies within one pcluster.  Raises CorruptImage, SourceError, or a Fault of the memory."""
+    lies within one pcluster.  ``sparse``: what lies behind it is not likely to be read soon.
+
+    Raises CorruptImage, SourceError, or a Fault of the memory."""
     end = min(offset + length, inode.size)
     if offset >= end:
         return b""
@@ -34,15 +36,20 @@ def read(vol: Volume, inode: Inode, offset: int, length: int) -> Buffer:
     for extent in extents(vol, inode, offset, length):
         start = max(offset, extent.start)
         n = min(end, extent.end) - start
-        parts.append(piece(vol, inode, extent, start - extent.start, n))
+        parts.append(piece(vol, inode, extent, start - extent.start, n, sparse))
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def piece(vol: Volume, inode: Inode, extent: Extent, skip: int, length: int) -> Buffer:
+def piece(
+    vol: Volume, inode: Inode, extent: Extent, skip: int, length: int, sparse: bool = False
+) -> Buffer:
     """``length`` bytes of an extent, from its byte ``skip`` on."""
     kind = extent.kind
     if kind == ENCODED:
-        decoded = vol.memory.decoded(pcluster(vol, inode, extent))
+        wanted = pcluster(vol, inode, extent)
+        if sparse:
+            wanted = vol.memory.enough(wanted, skip + length)
+        decoded = vol.memory.decoded(wanted)
         if not skip and length == len(decoded):
             return decoded
         return memoryview(decoded)[skip : skip + length]

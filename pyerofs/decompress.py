@@ -10,6 +10,7 @@ Codecs are imported when first needed: start-up time is felt at every mount.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -29,30 +30,65 @@ LZMA_MAX_DICT_SIZE = 8 << 20  # what the kernel allows
 ZSTD_MAX_WINDOW_LOG = 23  # 8 MiB: bounds what a streaming decoder allocates
 
 
+STOP_EARLY = {ALG_LZ4, ALG_LZMA, ALG_DEFLATE}  # what is not asked for is not decoded (or hardly)
+PADDING = 4096  # bytes of zeros that are looked for first
+
+
 class DecodeError(Exception):
     """The bytes are not a valid stream of the algorithm; the caller adds where they came from."""
 
 
-def unpadded(data: Buffer) -> bytes:
+def unpadded(data: Buffer) -> memoryview:
     """The stream without the zeros that align it to its block's end."""
-    stream = bytes(data).lstrip(b"\0")
-    if not stream:
-        raise DecodeError("only zeros")
-    return stream
+    view = memoryview(data)
+    for size in (PADDING, len(view)):  # there is less than a block of them, unless it is corrupt
+        head = bytes(view[:size])
+        zeros = len(head) - len(head.lstrip(b"\0"))
+        if zeros < len(head):
+            return view[zeros:]
+    raise DecodeError("only zeros")
 
 
-def lz4(data: Buffer, length: int, partial: bool) -> bytes:
-    """LZ4 block, right-aligned (LZ4_0PADDING).  python-lz4 has no partial decode, so a partial
-    reference decodes the whole pcluster."""
+def lz4(data: Buffer, length: int, partial: bool) -> Buffer:
+    """LZ4 block, right-aligned (LZ4_0PADDING)."""
     from lz4.block import LZ4BlockError, decompress
 
     stream = unpadded(data)
+    if partial and (native := _lz4_partial()) is not None:
+        return native(stream, length)
     # one byte of LZ4 can expand to at most 255
     room = min(255 * len(stream), PCLUSTER_MAX_DSIZE) if partial else length
     try:
         return decompress(stream, uncompressed_size=max(room, length))  # type: ignore[no-any-return]
     except LZ4BlockError as e:
         raise DecodeError(f"lz4: {e}") from None
+
+
+@functools.cache
+def _lz4_partial() -> Callable[[Buffer, int], Buffer] | None:
+    """A decoder that stops after so many bytes; None where there is none.
+
+    python-lz4 has it in the library that it is made of, but no way to call it; ctypes has."""
+    import ctypes as c
+
+    from lz4.block import _block
+
+    try:
+        function = c.CDLL(_block.__file__).LZ4_decompress_safe_partial
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (c.c_char_p, c.c_void_p, c.c_int, c.c_int, c.c_int)
+    address, at = c.addressof, c.c_char.from_buffer
+
+    def decode(stream: Buffer, length: int) -> Buffer:
+        out = bytearray(length)
+        # int LZ4_decompress_safe_partial(src, dst, srcSize, targetOutputSize, dstCapacity)
+        n = function(bytes(stream), address(at(out)), len(stream), length, length)
+        if n != length:
+            raise DecodeError(f"lz4: corrupt ({n} instead of {length})")
+        return out
+
+    return decode
 
 
 def lz4_unpadded(data: Buffer, length: int, partial: bool) -> bytes:
@@ -236,7 +272,7 @@ def decode(
     zero_padded: bool = True,
     lzma_dict_size: int = LZMA_MAX_DICT_SIZE,
     shift: int = 0,
-) -> bytes:
+) -> Buffer:
     """Decode one pcluster; CPU-bound, releases the GIL, safe in any thread.  Raises DecodeError."""
     if algorithm == ALG_LZ4:
         return (lz4 if zero_padded else lz4_unpadded)(data, length, partial)

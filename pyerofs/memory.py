@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
-from pyerofs.decompress import LZMA_MAX_DICT_SIZE, DecodeError, decode
+from pyerofs.decompress import LZMA_MAX_DICT_SIZE, STOP_EARLY, DecodeError, decode
 from pyerofs.errors import CorruptImage
 from pyerofs.ondisk import (
     ALG_DEFLATE,
@@ -128,7 +128,7 @@ class Memory(ABC):
         self.sizes = tuple(sizes)
         self._names = tuple(names)
         self.windows: ByteCache[int, Buffer] = ByteCache(max(cache_size // 4, WINDOW_SIZE))
-        self.pclusters: ByteCache[PclusterKey, bytes] = ByteCache(cache_size - cache_size // 4)
+        self.pclusters: ByteCache[PclusterKey, Buffer] = ByteCache(cache_size - cache_size // 4)
         self.zero_padded = True
         self.lzma_dict_size = LZMA_MAX_DICT_SIZE
         self.metabox_size = 0
@@ -198,12 +198,23 @@ class Memory(ABC):
             )
         return self._load(device, offset, length, False)
 
-    def decoded(self, pcluster: Pcluster) -> bytes:
+    def decoded(self, pcluster: Pcluster) -> Buffer:
         """The decoded bytes of a pcluster, at least ``pcluster.length`` of them."""
         found = self.pclusters.get(pcluster[:5])
         if found is not None and len(found) >= pcluster.length:
             return found
         return self._decode(pcluster)
+
+    def enough(self, pcluster: Pcluster, need: int) -> Pcluster:
+        """The first ``need`` bytes of a pcluster, where that is less work than all of it.  Who looks
+        into it for the second time gets all of it, lest its beginning be decoded over and over."""
+        if (
+            need < pcluster.length
+            and pcluster.algorithm in STOP_EARLY
+            and pcluster[:5] not in self.pclusters
+        ):
+            return pcluster._replace(length=need, partial=True)
+        return pcluster
 
     def holds(self, pcluster: Pcluster) -> bool:
         """Whether ``decoded`` would answer from the cache."""
@@ -216,7 +227,7 @@ class Memory(ABC):
             return self.bytes_at(METABOX, pcluster.address, pcluster.size)
         return self.raw(pcluster.device, pcluster.address, pcluster.size)
 
-    def decode(self, pcluster: Pcluster, data: Buffer) -> bytes:
+    def decode(self, pcluster: Pcluster, data: Buffer) -> Buffer:
         """Decode ``data`` and keep the result.  CPU-bound, safe in any thread."""
         if pcluster.size > PCLUSTER_MAX_SIZE or pcluster.length > PCLUSTER_MAX_DSIZE:
             raise pcluster.corrupt(f"{pcluster.size} bytes for {pcluster.length}")
@@ -247,7 +258,7 @@ class Memory(ABC):
         """Bytes of a device that are not in memory; ``window`` if they are to be kept."""
 
     @abstractmethod
-    def _decode(self, pcluster: Pcluster) -> bytes:
+    def _decode(self, pcluster: Pcluster) -> Buffer:
         """A pcluster that is not in the cache."""
 
 
@@ -261,7 +272,7 @@ class BlockingMemory(Memory):
     def _load(self, device: int, offset: int, length: int, window: bool) -> Buffer:
         return self._sources[device].read_at(offset, length)
 
-    def _decode(self, pcluster: Pcluster) -> bytes:
+    def _decode(self, pcluster: Pcluster) -> Buffer:
         return self.decode(pcluster, self.encoded(pcluster))
 
 
@@ -311,9 +322,8 @@ class FaultingMemory(Memory):
         ns = decode_ns(pcluster)
         return ns < INLINE_NS or ns < self.spare()
 
-    def _decode(self, pcluster: Pcluster) -> bytes:
-        pinned = self.pins.get(pcluster)
-        if isinstance(pinned, bytes):
+    def _decode(self, pcluster: Pcluster) -> Buffer:
+        if (pinned := self.pins.get(pcluster)) is not None:
             return pinned
         if pcluster[:5] in self.under_way or not self.decodes_here(pcluster):
             raise NotDecoded(pcluster)

@@ -27,9 +27,12 @@ IN_A_ROW = 64  # requests until other tasks get a turn
 class _Lowlevel:
     """trio.lowlevel with another ``wait_readable``."""
 
-    def __init__(self, busy: Callable[[], bool], turns: Turns) -> None:
-        self._busy = busy
+    def __init__(
+        self, turns: Turns, busy: Callable[[], bool], use_moment: Callable[[], bool]
+    ) -> None:
         self._turns = turns
+        self._busy = busy
+        self._use_moment = use_moment
         self._row = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -42,15 +45,21 @@ class _Lowlevel:
         turns.queue = fd
         self._row += 1
         eager = self._row < IN_A_ROW and fd < SELECT_LIMIT
-        moment = 0.0 if self._busy() else MOMENT
+        busy = self._busy()
         if not turns.mine:
-            if eager:
-                select.select([turns.fd], (), (), moment)
+            if eager and not busy:
+                select.select([turns.fd], (), (), MOMENT)
             while not turns.take():
                 self._row = 0
                 await trio.lowlevel.wait_readable(turns.fd)
-        if eager and select.select([fd], (), (), moment)[0]:
-            return
+        if eager:
+            while not select.select([fd], (), (), 0)[0]:
+                if busy or not self._use_moment():
+                    break
+            else:
+                return
+            if not busy and select.select([fd], (), (), MOMENT)[0]:
+                return
         self._row = 0
         await trio.lowlevel.wait_readable(fd)
 
@@ -64,14 +73,15 @@ class _Lowlevel:
 class _Trio:
     """trio with another ``lowlevel``."""
 
-    def __init__(self, busy: Callable[[], bool], turns: Turns) -> None:
-        self.lowlevel = _Lowlevel(busy, turns)
+    def __init__(self, lowlevel: _Lowlevel) -> None:
+        self.lowlevel = lowlevel
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio, name)
 
 
-def enable(busy: Callable[[], bool], turns: Turns) -> None:
+def enable(turns: Turns, busy: Callable[[], bool], use_moment: Callable[[], bool]) -> None:
     """Make pyfuse3 wait eagerly from now on, except while ``busy()``: other tasks then wait for
-    something that trio has to tell them."""
-    pyfuse3.trio = _Trio(busy, turns)  # type: ignore[attr-defined]
+    something that trio has to tell them.  ``use_moment`` is called while nothing waits to be received;
+    it does something useful that takes a moment, or returns False."""
+    pyfuse3.trio = _Trio(_Lowlevel(turns, busy, use_moment))  # type: ignore[attr-defined]

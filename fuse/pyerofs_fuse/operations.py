@@ -12,10 +12,8 @@ import functools
 import logging
 import stat
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
 from itertools import islice
-from operator import itemgetter
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 import pyfuse3
@@ -30,7 +28,9 @@ from pyerofs.memory import INLINE_NS, Fault
 from pyerofs.model import Inode
 from pyerofs.ondisk import NAME_LEN
 from pyerofs.sources.base import Buffer
+from pyerofs_fuse.foresight import Foresight
 from pyerofs_fuse.handles import Handles
+from pyerofs_fuse.listings import Listing, Listings, Row, cookie_of
 from pyerofs_fuse.stream import StreamedFile, Streamer
 from pyerofs_fuse.turns import Turns
 
@@ -38,14 +38,13 @@ log = logging.getLogger("pyerofs-fuse")
 
 FOREVER = 1e9  # seconds; the image can't change
 ENTRIES_AT_ONCE = 128  # directory entries prepared in one go: a fraction of a millisecond
+ENTRIES_IN_A_MOMENT = 24  # and in a moment that nobody has asked for
+ENTRIES_AHEAD = 1024  # of a directory that is only expected to be listed
 MAX_DIRECTORIES = 1024  # inodes of directories that are kept decoded
 STORE_SIZE = 128 << 10  # files up to this size go to the kernel's page cache when they are opened
 LONG_READ = 256 << 10  # bytes from which on answering takes so long that others should go on
 MAX_FILES = 1024  # that were read lately
 MAX_STORED = 1 << 15  # of them are remembered; forgetting one costs a copy, nothing else
-MAX_ROWS = 1 << 16  # directory entries kept ready to be sent, of all directories: about 25 MB
-MAX_LISTINGS = 1 << 14
-MAX_DIRECTORY_ROWS = 1 << 13  # and of one; larger directories are prepared as they are read
 MAX_RECORDED = 1 << 20  # files that are remembered as opened
 ALONE_NS = 400_000  # that the event loop may be busy while nobody wants it,
 HANDED_OVER_NS = 100_000_000  # and while it is another process' turn
@@ -59,8 +58,6 @@ P = ParamSpec("P")
 # far end, where no nid can be (it would lie 2^68 bytes into the image).
 _NODE_OF = {0: 2**64 - 2, 1: 2**64 - 1}
 _NUMBER_OF = {node: number for number, node in _NODE_OF.items()}
-
-_cookie = itemgetter(2)
 
 _MODE_OF_TYPE = {
     1: stat.S_IFREG, 2: stat.S_IFDIR, 3: stat.S_IFCHR, 4: stat.S_IFBLK,
@@ -101,47 +98,6 @@ def answers(
     return wrap
 
 
-# A directory entry, ready to be sent: name, attributes, cookie of the entry after it.
-Row = tuple[bytes, EntryAttributes, int]
-
-
-class Listing:
-    """Entries of a directory that lie one after another."""
-
-    __slots__ = ("counted", "first", "inode", "rows", "whole")
-
-    def __init__(self, inode: Inode) -> None:
-        self.inode = inode
-        self.rows: list[Row] = []
-        self.first = True  # the first of them is the directory's
-        self.whole = False  # and the last one, too
-        self.counted = 0
-
-
-class Listings:
-    """The directories that were listed lately, the least recently read dropped first."""
-
-    def __init__(self) -> None:
-        self._listings: OrderedDict[int, Listing] = OrderedDict()
-        self._rows = 0
-
-    def get(self, node: int) -> Listing | None:
-        found = self._listings.get(node)
-        if found is not None:
-            self._listings.move_to_end(node)
-        return found
-
-    def put(self, node: int, listing: Listing) -> None:
-        """Keep a listing, or what it has become."""
-        self._listings[node] = listing
-        self._rows += len(listing.rows) - listing.counted
-        listing.counted = len(listing.rows)
-        while self._rows > MAX_ROWS or len(self._listings) > MAX_LISTINGS:
-            _, gone = self._listings.popitem(last=False)
-            self._rows -= gone.counted
-            gone.counted = 0
-
-
 class Operations(pyfuse3.Operations):
     """The read-only operations.  Writes never arrive: the mount is read-only."""
 
@@ -164,6 +120,8 @@ class Operations(pyfuse3.Operations):
         self._files: dict[int, StreamedFile] = {}
         self._stored: dict[int, None] = {}  # nodes whose data the kernel was given lately
         self._listings = Listings()
+        self._foresight = Foresight(self._look_ahead)
+        self.use_moment = self._foresight.work
         self._directories: dict[int, Inode] = {}
         self._waiting: set[trio.CancelScope] = set()
         self._reported: set[int | None] = set()
@@ -380,7 +338,7 @@ class Operations(pyfuse3.Operations):
         listing = await self._listing(fh)
         reply = pyfuse3.readdir_reply
         rows = listing.rows
-        at = bisect_right(rows, start_id, key=_cookie) if start_id else 0
+        at = bisect_right(rows, start_id, key=cookie_of) if start_id else 0
         if not at and (start_id or not listing.first):  # before what we have
             rows = []
         while True:
@@ -389,23 +347,32 @@ class Operations(pyfuse3.Operations):
                     return
                 start_id = cookie
             if listing.whole and rows is listing.rows:
+                self._foresight.listed(fh, listing.directories())
                 return
             self._turns.share()
             more = await self._run(self._prepare, listing.inode, start_id)
-            follows = rows is listing.rows and (rows[-1][2] if rows else 0) == start_id
-            if not more:
-                listing.whole = follows and listing.first
-                return
-            if follows and len(rows) < MAX_DIRECTORY_ROWS:
-                at = len(rows)
-                rows += more
-            else:
-                at = 0
-                listing.first = not start_id
-                rows = listing.rows = more
+            rows, at = listing.add(start_id, more)
             self._listings.put(fh, listing)
+            if not more:
+                return
 
-    def _prepare(self, parent: Inode, cookie: int) -> list[Row]:
+    def _look_ahead(self, node: int) -> bool:
+        """Prepare a few entries of a directory that is likely to be listed next, if that can be done
+        at once.  False if there is no more to do."""
+        try:
+            listing = self._listings.get(node)
+            if listing is None:
+                listing = Listing(inodes.load(self._volume, self._nid(node)))
+            if listing.whole or len(listing.rows) >= ENTRIES_AHEAD or not listing.inode.is_dir:
+                return False
+            cookie = listing.rows[-1][2] if listing.rows else 0
+            listing.add(cookie, self._prepare(listing.inode, cookie, ENTRIES_IN_A_MOMENT))
+        except (Fault, ErofsError):
+            return False  # whoever asks for it will see
+        self._listings.put(node, listing)
+        return not listing.whole
+
+    def _prepare(self, parent: Inode, cookie: int, count: int = ENTRIES_AT_ONCE) -> list[Row]:
         """Some entries from ``cookie`` on, with their attributes; [] at the end."""
         vol = self._volume
         size = vol.sb.directory_block_size
@@ -417,7 +384,7 @@ class Operations(pyfuse3.Operations):
             return [self._row(b".", parent, end + 1)]
         found: list[Row] = []
         block = directory.block_entries(vol, parent, index, -(-skip // 12))
-        for entry in block[:ENTRIES_AT_ONCE]:
+        for entry in block[:count]:
             try:
                 inode = inodes.load(vol, entry.nid)
                 found.append(self._row(entry.name, inode, entry.cookie))
@@ -497,7 +464,9 @@ class Operations(pyfuse3.Operations):
         try:
             found = file.read_now(off, size)
         except Fault:
-            found = await self._wait(self._image.read_data(file.inode, off, size))
+            found = await self._wait(
+                self._image.read_data(file.inode, off, size, not file.sequential)
+            )
         if not file.sequential:
             file.push_rest(off, off + size)
         return found

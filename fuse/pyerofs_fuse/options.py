@@ -28,7 +28,7 @@ options:
   -d                like -f, and log requests
   -s                serve with one process, rather than one for each processor
   -o OPT[,OPT...]   mount options: allow_other, allow_root, default_permissions, auto_unmount,
-                    nodev, nosuid, noexec, max_read=N, fsname=NAME, subtype=NAME; also all options
+                    nodev, nosuid, noexec, fsname=NAME, subtype=NAME; also all options
                     with values below and above (cache_size=N), and mount.erofs' oci.blob=,
                     oci.layer=, oci.platform=, oci.username=, oci.password=, oci.insecure
   -h, --help        this text
@@ -58,13 +58,14 @@ def usage() -> str:
 _PASSED = {
     "allow_other", "allow_root", "default_permissions", "auto_unmount", "dev", "nodev", "suid",
     "nosuid", "exec", "noexec", "atime", "noatime", "diratime", "nodiratime", "relatime",
-    "norelatime", "strictatime", "nostrictatime", "sync", "async", "dirsync", "max_read=",
+    "norelatime", "strictatime", "nostrictatime", "sync", "async", "dirsync",
     "fsname=", "subtype=", "context=", "fscontext=", "defcontext=", "rootcontext=",
 }  # fmt: skip
 # Words of fstab and mount(8) that are not about us, and what a read-only image is anyway.
 _IGNORED = {
     "ro", "rw", "defaults", "auto", "noauto", "user", "nouser", "users", "group", "owner", "nofail",
     "_netdev", "loop", "default", "silent", "loud", "intr", "nointr",
+    "max_read",  # libfuse would have to be told by pyfuse3 as well, which can't
 }  # fmt: skip
 
 

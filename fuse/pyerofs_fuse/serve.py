@@ -64,7 +64,7 @@ def run(job: Job) -> None:
     operations = Operations(
         crew.turns, shared=job.options.shared, record=job.options.record is not None
     )
-    eager.enable(lambda: operations.waiting > 0, crew.turns)
+    eager.enable(crew.turns, lambda: operations.waiting > 0, operations.use_moment)
     try:
         check(job.options)
         if crew.size == 1:
@@ -110,8 +110,13 @@ def _serve_together(job: Job, operations: Operations, crew: Crew) -> None:
 
 async def _greet(operations: Operations) -> None:
     """Answer the kernel's first request, and no other."""
+
+    async def answer() -> None:
+        await pyfuse3.main()
+        nursery.cancel_scope.cancel()
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(pyfuse3.main)
+        nursery.start_soon(answer)
         await operations.greeted.wait()
         nursery.cancel_scope.cancel()
 
@@ -176,7 +181,7 @@ async def _lead(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_background, job, image)
         nursery.start_soon(_stop_on, signals, operations, nursery.cancel_scope)
-        nursery.start_soon(_announce, job)
+        nursery.start_soon(_announce, job, operations)
         await pyfuse3.main()
         nursery.cancel_scope.cancel()
     await operations.finish()
@@ -197,10 +202,11 @@ async def _background(job: Job, image: AsyncImage) -> None:
                 await prefetch_metadata(image)
 
 
-async def _announce(job: Job) -> None:
+async def _announce(job: Job, operations: Operations) -> None:
     """Report success once the mount has answered a request: from then on it is live, and the kernel
     has agreed on how far it reads ahead, so that this can be changed."""
     mountpoint = job.options.mountpoint
+    await operations.greeted.wait()
     try:
         await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
     except OSError as e:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pyerofs.aio import AsyncFile, AsyncImage
 from pyerofs.data import pcluster
-from pyerofs.model import ENCODED, Extent, Inode
+from pyerofs.model import ENCODED, Inode
 from pyerofs_fuse.push import Pusher
 
 MAX_PUSHED = 1 << 15  # extents remembered as pushed; forgetting one costs a copy, nothing else
@@ -21,17 +21,16 @@ class Streamer:
     def __init__(self, image: AsyncImage) -> None:
         self.image = image
         self.pusher = Pusher()
-        self._pushed: dict[tuple[int, int], None] = {}  # node and offset of pushed extents
+        self._pushed: dict[tuple[int, int], int] = {}  # node and start of an extent -> pushed up to
 
-    def first_time(self, node: int, extent: Extent) -> bool:
-        """Whether an extent has not been pushed lately; from now on it has."""
-        key = (node, extent.start)
-        if key in self._pushed:
-            return False
+    def news(self, node: int, start: int, end: int) -> int:
+        """From where on the data of an extent, from ``start`` to ``end``, has not been pushed lately;
+        from now on it has."""
+        known = self._pushed.pop((node, start), start)
         if len(self._pushed) >= MAX_PUSHED:
             del self._pushed[next(iter(self._pushed))]
-        self._pushed[key] = None
-        return True
+        self._pushed[node, start] = max(known, end)
+        return known
 
 
 class StreamedFile(AsyncFile):
@@ -52,17 +51,19 @@ class StreamedFile(AsyncFile):
             return
         if extent.length <= end - start:
             return
-        key = pcluster(self.image.volume, self.inode, extent)[:5]
-        decoded = self.image.memory.pclusters.get(key)
-        if decoded is None or len(decoded) < extent.length:
+        decoded = self.image.memory.pclusters.get(
+            pcluster(self.image.volume, self.inode, extent)[:5]
+        )
+        if decoded is None:
             return
-        if self._streamer.first_time(self._node, extent):
-            # around the pages that the kernel waits for
-            view = memoryview(decoded)
-            if extent.start < start:
-                self._push(extent.start, view[: start - extent.start])
-            if end < extent.end:
-                self._push(end, view[end - extent.start : extent.length])
+        view = memoryview(decoded)[: extent.length]
+        stop = extent.start + len(view)
+        news = self._streamer.news(self._node, extent.start, stop)
+        # around the pages that the kernel waits for
+        if news < start:
+            self._push(news, view[news - extent.start : start - extent.start])
+        if end < stop:
+            self._push(max(news, end), view[max(news, end) - extent.start :])
 
     def _push(self, offset: int, what: memoryview) -> None:
         self._streamer.pusher.push(self._node, offset, self.inode.size, what)

@@ -1,0 +1,87 @@
+"""Listings of directories, ready to be sent."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from operator import itemgetter
+from stat import S_ISDIR
+
+from pyfuse3 import EntryAttributes
+
+from pyerofs.model import Inode
+
+MAX_ROWS = 1 << 16  # directory entries kept ready to be sent, of all directories: about 25 MB
+MAX_DIRECTORY_ROWS = 1 << 13  # and of one; larger directories are prepared as they are read
+MAX_LISTINGS = 1 << 14
+
+# A directory entry, ready to be sent: name, attributes, cookie of the entry after it.
+Row = tuple[bytes, EntryAttributes, int]
+cookie_of = itemgetter(2)
+
+
+class Listing:
+    """Entries of a directory that lie one after another."""
+
+    __slots__ = ("_directories", "counted", "first", "inode", "rows", "whole")
+
+    def __init__(self, inode: Inode) -> None:
+        self.inode = inode
+        self.rows: list[Row] = []
+        self.first = True  # the first of them is the directory's
+        self.whole = False  # and the last one, too
+        self.counted = 0
+        self._directories: list[int] | None = None
+
+    def add(self, cookie: int, more: list[Row]) -> tuple[list[Row], int]:
+        """Add the entries that follow ``cookie``, if that is where the last one ends; else keep these
+        instead.  Nothing means that it was the directory's end.  Returns the entries, and where in them
+        the new ones begin."""
+        rows = self.rows
+        if cookie == (rows[-1][2] if rows else 0):
+            if not more:
+                self.whole = self.first
+                return rows, len(rows)
+            if len(rows) < MAX_DIRECTORY_ROWS:
+                at = len(rows)
+                rows += more
+                return rows, at
+        elif not more:
+            return [], 0
+        self.first = not cookie
+        self.whole = False
+        self.rows = more
+        return more, 0
+
+    def directories(self) -> list[int]:
+        """Node ids of the directories in a listing that is whole."""
+        if self._directories is None:
+            self._directories = [
+                attr.st_ino
+                for name, attr, _ in self.rows
+                if S_ISDIR(attr.st_mode) and name not in (b".", b"..")
+            ]
+        return self._directories
+
+
+class Listings:
+    """The directories that were listed lately, the least recently read dropped first."""
+
+    def __init__(self) -> None:
+        self._listings: OrderedDict[int, Listing] = OrderedDict()
+        self._rows = 0
+
+    def get(self, node: int) -> Listing | None:
+        found = self._listings.get(node)
+        if found is not None:
+            self._listings.move_to_end(node)
+        return found
+
+    def put(self, node: int, listing: Listing) -> None:
+        """Keep a listing, or what it has become."""
+        self._listings[node] = listing
+        self._rows += len(listing.rows) - listing.counted
+        listing.counted = len(listing.rows)
+        while self._rows > MAX_ROWS or len(self._listings) > MAX_LISTINGS:
+            _, gone = self._listings.popitem(last=False)
+            self._rows -= gone.counted
+            gone.counted = 0
