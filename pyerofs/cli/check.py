@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from pyerofs import data, directory, tree, xattr
 from pyerofs import inode as inodes
 from pyerofs.cli.common import open_image, print_json, printable
+from pyerofs.cli.workers import Workers, WorkersEnded, worth_forking
 from pyerofs.errors import CorruptImage, ErofsError
 from pyerofs.extent import extents
 from pyerofs.image import Image
@@ -82,8 +84,13 @@ class Problem:
         return f" ({', '.join(parts)})" if parts else ""
 
 
+Named = tuple[str, Inode]
+
+
 class Checker:
     """One check of one image."""
+
+    _give: Callable[[list[Named]], None]  # have somebody look at data and xattrs
 
     def __init__(self, image: Image, progress: Progress) -> None:
         self._image = image
@@ -98,17 +105,74 @@ class Checker:
 
     def run(self) -> None:
         """Check everything; fills ``problems``."""
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            self._pool = pool
-            self._slots = threading.Semaphore(MAX_BATCHES)
-            self._futures: list[Future[None]] = []
-            self._walk()
-            self._special()
-            for future in self._futures:
-                future.result()
+        if worth_forking(self._image.superblock.inodes):
+            self._run_processes()
+        else:
+            self._run_threads()
         for nid, (path, nlink) in self._inodes.items():
             if self._links[nid] != nlink:
                 self._add(path, f"link count {nlink}, {self._links[nid]} names found", nid)
+
+    def _all(self) -> None:
+        self._walk()
+        self._special()
+
+    def _run_threads(self) -> None:
+        """Data is read and decoded by threads."""
+        slots = threading.Semaphore(MAX_BATCHES)
+        futures: list[Future[None]] = []
+
+        def task(batch: list[Named]) -> None:
+            try:
+                self._batch(batch)
+            finally:
+                slots.release()
+
+        def give(batch: list[Named]) -> None:
+            slots.acquire()
+            futures.append(pool.submit(task, batch))
+
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            self._give = give
+            self._all()
+            for future in futures:
+                future.result()
+
+    def _run_processes(self) -> None:
+        """The same by processes, for everything to run at the same time; that is worth its price
+        with many files."""
+
+        def work(job: tuple[str, list[tuple[str, int]]]) -> None:
+            here, names = job
+            for name, nid in names:
+                path = here + name
+                try:
+                    self._batch([(path, inodes.load(self._vol, nid))])
+                except ErofsError as e:
+                    self._caught(path, e, nid)
+
+        def finish() -> tuple[list[Problem], int]:
+            return self.problems, self.bytes
+
+        def give(batch: list[Named]) -> None:
+            here = batch[0][0].rpartition("/")
+            skip = len(here[0] + here[1])  # all are in one directory
+            names = [(path[skip:], inode.nid) for path, inode in batch]
+            if not workers.submit((batch[0][0][:skip], names)):
+                raise WorkersEnded
+
+        workers = Workers(work, finish)
+        self._give = give
+        try:
+            self._all()
+        except WorkersEnded:
+            pass  # close tells why
+        finally:
+            results = workers.close()
+        for problems, size in results:
+            self.problems += problems
+            self.bytes += size
+        del self.problems[MAX_PROBLEMS:]
 
     def _add(self, path: str, what: str, nid: int | None, offset: int | None = None) -> None:
         with self._lock:
@@ -136,7 +200,7 @@ class Checker:
                 continue
             self._xattrs(path, here)
             subdirectories = 0
-            batch: list[tuple[str, Inode]] = []
+            batch: list[Named] = []
             size = 0
             for entry in self._entries(path, here, parent):
                 child_path = f"{path}/{tree.decode(entry.name)}"
@@ -212,23 +276,20 @@ class Checker:
         if self._vol.metabox is not None:
             self._submit([("<metabox inode>", self._vol.metabox)])
 
-    def _submit(self, batch: list[tuple[str, Inode]]) -> None:
+    def _submit(self, batch: list[Named]) -> None:
         if batch:
-            self._slots.acquire()
-            self._futures.append(self._pool.submit(self._batch, batch))
+            self._give(batch)
+            with self._lock:
+                self.inodes += len(batch)
+                self._progress.advance(len(batch))
 
-    def _batch(self, batch: list[tuple[str, Inode]]) -> None:
-        try:
-            total = 0
-            for path, inode in batch:
-                self._xattrs(path, inode)
-                total += self._data(path, inode)
-        finally:
-            self._slots.release()
+    def _batch(self, batch: list[Named]) -> None:
+        total = 0
+        for path, inode in batch:
+            self._xattrs(path, inode)
+            total += self._data(path, inode)
         with self._lock:
-            self.inodes += len(batch)
             self.bytes += total
-            self._progress.advance(len(batch))
 
     def _data(self, path: str, inode: Inode) -> int:
         """Read all of a file or link; returns how many bytes of file data that was."""

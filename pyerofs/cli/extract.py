@@ -21,7 +21,7 @@ from typing import TypeVar, TypeVarTuple
 
 from pyerofs import data, tree, xattr
 from pyerofs.cli.common import open_image
-from pyerofs.cli.workers import Workers, can_fork
+from pyerofs.cli.workers import Workers, WorkersEnded, worth_forking
 from pyerofs.errors import ErofsError
 from pyerofs.extent import extents
 from pyerofs.image import Image
@@ -33,7 +33,6 @@ PIECE = 1 << 20  # bytes gathered for one write
 BATCH_FILES = 64  # files, or
 BATCH_BYTES = 4 << 20  # bytes, that make one task for a thread
 MAX_BATCHES = 16  # waiting at a time
-MANY = 2000  # inodes; with fewer, processes are not worth starting
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -85,10 +84,6 @@ class Directory:
             os.close(self.fd)
 
 
-class _Stopped(Exception):
-    """The workers have ended early."""
-
-
 Job = tuple[bytes, Inode]
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
@@ -126,7 +121,7 @@ class Extractor:
 
     def run(self, paths: list[bytes]) -> None:
         """Extract the whole tree, or the given paths with their parents."""
-        if self._image.superblock.inodes >= MANY and can_fork():
+        if worth_forking(self._image.superblock.inodes):
             self._run_processes(paths)
         else:
             self._run_threads(paths)
@@ -181,13 +176,13 @@ class Extractor:
 
         def submit(here: Directory, jobs: list[Job]) -> None:
             if not workers.submit((here.path, [(name, inode.nid) for name, inode in jobs])):
-                raise _Stopped
+                raise WorkersEnded
 
         workers = Workers(work, finish)
         self._give = submit
         try:
             self._all(paths)
-        except _Stopped:
+        except WorkersEnded:
             pass  # close tells why
         finally:
             results = workers.close()

@@ -16,12 +16,17 @@ from typing import Generic, NoReturn, TypeVar
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
+MANY = 2000  # inodes; with fewer, processes are not worth starting
 MAX_MESSAGE = 128 << 10  # bytes of a job, which has to fit the socket's buffer
 
 
-def can_fork() -> bool:
+def worth_forking(inodes: int) -> bool:
     """Whether processes are of use here, and no other thread could be caught with a lock held."""
-    return (os.cpu_count() or 1) > 1 and threading.active_count() == 1
+    return inodes >= MANY and (os.cpu_count() or 1) > 1 and threading.active_count() == 1
+
+
+class WorkersEnded(Exception):
+    """The workers have ended early; ``close`` tells why."""
 
 
 class Workers(Generic[Job, Result]):

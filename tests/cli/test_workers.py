@@ -1,8 +1,10 @@
-"""``pyerofs extract`` by several processes, as with large images: the same comes out."""
+"""``pyerofs extract`` and ``check`` by several processes, as with large images: the same comes out."""
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +17,12 @@ from tests.manifests import Manifest, differences, golden
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
-# Extract with processes however few inodes there are; and say whether that was so.
+# Work with processes however few inodes there are; and say whether that was so.
 SCRIPT = """
 import os, sys
-from pyerofs.cli import extract, workers
+from pyerofs.cli import workers
 from pyerofs.cli.main import main
-extract.MANY = 0
+workers.MANY = 0
 fork, forked = os.fork, []
 os.fork = lambda: forked.append(1) or fork()
 os.cpu_count = lambda: 3
@@ -32,6 +34,12 @@ sys.exit(status)
 
 def extract(want: Manifest, where: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", SCRIPT, "extract", *words(want), "-C", str(where)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def check(image: Path, *more: str, script: bool) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-c", SCRIPT] if script else [sys.executable, "-m", "pyerofs"]
+    command = [*start, "check", "--json", str(image), *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -99,3 +107,29 @@ def test_an_error_is_raised_where_it_can_be_told() -> None:
     with pytest.raises(OSError, match="full") as caught:
         workers.close()
     assert (caught.value.errno, caught.value.filename) == (28, "here")
+
+
+@pytest.mark.parametrize("name", ["plain", "kitchen-sink", "dedupe-frag-zstd", "metabox"])
+def test_a_check_of_what_is_sound(name: str) -> None:
+    want = golden(name)
+    done = check(want.image, *(f"--device={d}" for d in want.devices), script=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (
+        done.stdout
+        == check(want.image, *(f"--device={d}" for d in want.devices), script=False).stdout
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_check_of_what_is_not(seed: int, tmp_path: Path) -> None:
+    """The same problems are found, whoever looks."""
+    image = bytearray(golden("dedupe-frag-zstd").image.read_bytes())
+    chance = random.Random(seed)
+    for _ in range(40):  # behind the superblock
+        image[chance.randrange(4096, len(image))] ^= 0xFF
+    broken = tmp_path / "broken.erofs"
+    broken.write_bytes(image)
+    done = check(broken, script=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout == check(broken, script=False).stdout
+    assert len(json.loads(done.stdout)["problems"]) > 1
