@@ -30,8 +30,8 @@ class System(Protocol):
     def mount(self, image: Path, where: Path) -> None:
         """Mount; return once it is live.  Raises CannotMount."""
 
-    def daemon(self, where: Path) -> int | None:
-        """The process that serves a mount; None where that is the kernel."""
+    def daemons(self, where: Path) -> list[int]:
+        """The processes that serve a mount; none where that is the kernel."""
 
 
 class Command:
@@ -49,15 +49,15 @@ class Command:
             said = done.stderr.decode("utf-8", "replace").strip().splitlines()
             raise CannotMount(said[-1] if said else f"exit status {done.returncode}")
 
-    def daemon(self, where: Path) -> int | None:
-        """The daemon's command line names the mount point."""
-        if self.name == KERNEL:
-            return None
-        for found in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if os.fsencode(where) in (found / "cmdline").read_bytes().split(b"\0"):
-                    return int(found.name)
-        return None
+    def daemons(self, where: Path) -> list[int]:
+        """Their command lines name the mount point."""
+        pids: list[int] = []
+        if self.name != KERNEL:
+            for found in Path("/proc").glob("[0-9]*"):
+                with suppress(OSError):
+                    if os.fsencode(where) in (found / "cmdline").read_bytes().split(b"\0"):
+                        pids.append(int(found.name))
+        return pids
 
 
 class Ceiling:
@@ -85,8 +85,8 @@ class Ceiling:
         self._process.stdin.flush()
         self._pids[where] = int(self._process.stdout.readline() or 0)
 
-    def daemon(self, where: Path) -> int | None:
-        return self._pids.get(where)
+    def daemons(self, where: Path) -> list[int]:
+        return [self._pids[where]] if where in self._pids else []
 
     def __enter__(self) -> Ceiling:
         return self
@@ -127,7 +127,7 @@ class Mount:
         self.first_ls = 0.0  # seconds from the command to the first listing
         self._image = image
         self._cold = cold
-        self._pid: int | None = None
+        self._pids: list[int] = []
 
     def __enter__(self) -> Mount:
         if self._cold:
@@ -145,7 +145,7 @@ class Mount:
         except BaseException:
             self._clean()
             raise
-        self._pid = self.system.daemon(self.path)
+        self._pids = self.system.daemons(self.path)
         return self
 
     def __exit__(
@@ -154,24 +154,31 @@ class Mount:
         self._clean()
 
     def cpu(self) -> float:
-        """CPU seconds the daemon has used so far; 0 if there is none."""
-        return cpu(self._pid) if self._pid else 0.0
+        """CPU seconds the daemon has used so far, with all its processes; 0 if there is none."""
+        return sum(map(cpu, self._pids))
 
     def memory(self) -> float:
-        """MiB the daemon has now; 0 if there is none."""
-        return memory(self._pid) if self._pid else 0.0
+        """MiB the daemon has now; 0 if there is none.  What processes share counts for each."""
+        return sum(map(memory, self._pids))
 
     def peak(self) -> float:
-        """The most MiB the daemon has had."""
-        return memory(self._pid, "VmHWM") if self._pid else 0.0
+        """The most MiB the daemon has had, counted like that."""
+        return sum(memory(pid, "VmHWM") for pid in self._pids)
 
     def _clean(self) -> None:
         if self.path.is_mount():
             unmount(self.path)
         end = time.monotonic() + 10  # a daemon that is still ending would disturb what comes next
-        while self._pid and os.path.exists(f"/proc/{self._pid}") and time.monotonic() < end:
+        while any(map(alive, self._pids)) and time.monotonic() < end:
             time.sleep(0.01)
         self.path.rmdir()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there, and no zombie (which its parent may never look after)."""
+    with suppress(OSError):
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    return False
 
 
 def unmount(where: Path) -> None:
