@@ -16,6 +16,7 @@ from contextlib import suppress
 
 import trio
 
+from pyerofs_fuse.handles import Handles
 from pyerofs_fuse.turns import Turns
 
 log = logging.getLogger("pyerofs-fuse")
@@ -30,15 +31,17 @@ class Crew:
     def __init__(self, size: int) -> None:
         self.size = size
         self.turns = Turns(size)
+        self.handles = Handles(size)
         self._others: dict[int, int] = {}  # process id -> descriptor of the process
 
     def fork(self) -> bool:
         """Become so many processes.  False in all but the captain, who minds signals; the
         others ignore them."""
         captain = os.getpid()
-        for _ in range(self.size - 1):
+        for number in range(1, self.size):
             child = os.fork()
             if not child:
+                self.handles.me = number
                 self._enlist(captain)
                 return False
             self._others[child] = os.pidfd_open(child)
@@ -53,6 +56,8 @@ class Crew:
         if os.getppid() != captain:  # it has died before it could be said
             os._exit(1)
         self.turns.mine = False
+        for fd in self._others.values():
+            os.close(fd)
         self._others = {}
 
     async def death(self) -> None:

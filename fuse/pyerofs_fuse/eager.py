@@ -44,24 +44,30 @@ class _Lowlevel:
         turns = self._turns
         turns.queue = fd
         self._row += 1
-        eager = self._row < IN_A_ROW and fd < SELECT_LIMIT
-        busy = self._busy()
-        if not turns.mine:
-            if eager and not busy:
-                select.select([turns.fd], (), (), MOMENT)
-            while not turns.take():
-                self._row = 0
-                await trio.lowlevel.wait_readable(turns.fd)
-        if eager:
-            while not select.select([fd], (), (), 0)[0]:
-                if busy or not self._use_moment():
-                    break
-            else:
+        eager = self._row < IN_A_ROW and fd < SELECT_LIMIT and not self._busy()
+        while True:
+            if not turns.mine:
+                if eager:
+                    select.select([turns.fd], (), (), MOMENT)
+                while not turns.take():
+                    self._row = 0
+                    await trio.lowlevel.wait_readable(turns.fd)
+            if self._row < IN_A_ROW and self._comes_soon(fd, eager):
                 return
-            if not busy and select.select([fd], (), (), MOMENT)[0]:
+            self._row = 0
+            await trio.lowlevel.wait_readable(fd)
+            if turns.mine:  # another task may have passed it on meanwhile
                 return
-        self._row = 0
-        await trio.lowlevel.wait_readable(fd)
+
+    def _comes_soon(self, fd: int, eager: bool) -> bool:
+        """Whether there is a request, or, if there is nothing else to do, one comes in a moment."""
+        if fd >= SELECT_LIMIT:
+            return False
+        ready = select.select
+        while not ready([fd], (), (), 0)[0]:
+            if not (eager and self._use_moment()):
+                return eager and bool(ready([fd], (), (), MOMENT)[0])
+        return True
 
     def notify_closing(self, fd: int) -> None:
         """Wake whoever waits for ``fd``, or for the turn to."""

@@ -22,7 +22,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from pyerofs import directory, tree, xattr
 from pyerofs import inode as inodes
-from pyerofs.aio import AsyncImage
+from pyerofs.aio import AsyncFile, AsyncImage
 from pyerofs.errors import CorruptImage, ErofsError
 from pyerofs.memory import INLINE_NS, Fault
 from pyerofs.model import Inode
@@ -31,7 +31,6 @@ from pyerofs.sources.base import Buffer
 from pyerofs_fuse.foresight import Foresight
 from pyerofs_fuse.handles import Handles
 from pyerofs_fuse.listings import Listing, Listings, Row, cookie_of
-from pyerofs_fuse.stream import StreamedFile, Streamer
 from pyerofs_fuse.turns import Turns
 
 log = logging.getLogger("pyerofs-fuse")
@@ -44,6 +43,7 @@ MAX_DIRECTORIES = 1024  # inodes of directories that are kept decoded
 STORE_SIZE = 128 << 10  # files up to this size go to the kernel's page cache when they are opened
 LONG_READ = 256 << 10  # bytes from which on answering takes so long that others should go on
 MAX_FILES = 1024  # that were read lately
+STORING = 50e-6  # seconds: about what it takes
 MAX_STORED = 1 << 15  # of them are remembered; forgetting one costs a copy, nothing else
 MAX_RECORDED = 1 << 20  # files that are remembered as opened
 ALONE_NS = 400_000  # that the event loop may be busy while nobody wants it,
@@ -104,7 +104,9 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = True
     enable_writeback_cache = False
 
-    def __init__(self, turns: Turns, *, shared: bool, record: bool = False) -> None:
+    def __init__(
+        self, turns: Turns, handles: Handles, *, shared: bool, record: bool = False
+    ) -> None:
         """``shared``: other users may look in, so the kernel has to check permissions and ACLs.
         ``record``: keep in ``opened`` which files were opened, in that order."""
         super().__init__()
@@ -113,11 +115,11 @@ class Operations(pyfuse3.Operations):
         self.opened: dict[int, None] = {}
         self._record = record
         self._turns = turns
-        self._handles = Handles()
+        self._handles = handles
         self._info = FileInfo(keep_cache=True)
         self._attr = EntryAttributes()
         self._attr.entry_timeout = FOREVER
-        self._files: dict[int, StreamedFile] = {}
+        self._files: dict[int, AsyncFile] = {}
         self._stored: dict[int, None] = {}  # nodes whose data the kernel was given lately
         self._listings = Listings()
         self._foresight = Foresight(self._look_ahead)
@@ -132,7 +134,6 @@ class Operations(pyfuse3.Operations):
         self._volume = image.volume
         self._root_nid = image.volume.sb.root_nid
         self._attr.st_blksize = image.volume.sb.block_size
-        self._streamer = Streamer(image)
         image.memory.spare = self._spare
         if self._turns.shared:
             image.ahead = 0  # what comes next may be asked of another process
@@ -148,11 +149,6 @@ class Operations(pyfuse3.Operations):
         """Answer EIO to whatever is waiting."""
         for scope in list(self._waiting):
             scope.cancel()
-
-    async def finish(self) -> None:
-        """End the thread that pushes data.  Call it while requests are still answered, or after the
-        kernel has let go of the mount."""
-        await trio.to_thread.run_sync(self._streamer.pusher.stop, GRACE)
 
     @property
     def waiting(self) -> int:
@@ -335,6 +331,7 @@ class Operations(pyfuse3.Operations):
 
     @answers(metadata=True)
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        self._turns.share()
         listing = await self._listing(fh)
         reply = pyfuse3.readdir_reply
         rows = listing.rows
@@ -349,7 +346,6 @@ class Operations(pyfuse3.Operations):
             if listing.whole and rows is listing.rows:
                 self._foresight.listed(fh, listing.directories())
                 return
-            self._turns.share()
             more = await self._run(self._prepare, listing.inode, start_id)
             rows, at = listing.add(start_id, more)
             self._listings.put(fh, listing)
@@ -413,6 +409,8 @@ class Operations(pyfuse3.Operations):
                 self.opened[file.inode.nid] = None
             if 0 < file.inode.size <= STORE_SIZE and inode not in self._stored:
                 await self._store(inode, file)
+            while self._handles.is_stored_by_others(inode):  # noqa: ASYNC110 (there is no event)
+                await trio.sleep(STORING)
         except BaseException:
             if self._turns.mine:  # a count too high costs no more than that nothing is stored
                 self._handles.closed(inode)
@@ -420,24 +418,22 @@ class Operations(pyfuse3.Operations):
         self._info.fh = inode
         return self._info
 
-    async def _file(self, node: int) -> StreamedFile:
+    async def _file(self, node: int) -> AsyncFile:
         file = self._files.get(node)
         if file is None:
-            file = StreamedFile(self._streamer, await self._inode(node), node)
+            file = AsyncFile(self._image, await self._inode(node))
             if len(self._files) >= MAX_FILES:
                 del self._files[next(iter(self._files))]
             self._files[node] = file
         return file
 
-    async def _store(self, node: int, file: StreamedFile) -> None:
+    async def _store(self, node: int, file: AsyncFile) -> None:
         """Put a small file's data into the kernel's page cache, so that no READ ever comes.
 
-        A READ that is under way for one of these pages, even one that we have not received yet,
-        holds the page's lock, and storing the page would wait for its answer: for ever, if we
-        are the one to answer.  READs need a handle; hence only while no other is open or opening,
-        in any of the processes.  Should another be opened just afterwards, its READs are left to
-        another process, and those can't all be waiting here: the last one that came has counted
-        the handles when nobody was left to open one more."""
+        A READ that is under way for one of these pages, even one that nobody has received yet, holds
+        the page's lock, and storing the page would wait for its answer: perhaps for ever, if we are
+        the one to answer, or whoever was has died.  READs need a handle; hence only while no other is
+        open or opening, and should another process get to open one just then, it waits."""
         inode = file.inode
         try:
             try:
@@ -446,11 +442,12 @@ class Operations(pyfuse3.Operations):
                 if not self._image.local:
                     return  # opening alone must not fetch from afar
                 found = await self._wait(self._image.read_data(inode, 0, inode.size))
-            if self._handles.count(node) == 1:
-                pyfuse3.notify_store(node, 0, found)  # type: ignore[arg-type]
-                if len(self._stored) >= MAX_STORED:
-                    del self._stored[next(iter(self._stored))]
-                self._stored[node] = None
+            with self._handles.storing(node):
+                if self._handles.count(node) == 1:
+                    pyfuse3.notify_store(node, 0, found)  # type: ignore[arg-type]
+                    if len(self._stored) >= MAX_STORED:
+                        del self._stored[next(iter(self._stored))]
+                    self._stored[node] = None
         except (ErofsError, OSError) as e:
             log.debug("nid %d is not stored: %s", inode.nid, e)  # reading it will tell
 
@@ -467,8 +464,6 @@ class Operations(pyfuse3.Operations):
             found = await self._wait(
                 self._image.read_data(file.inode, off, size, not file.sequential)
             )
-        if not file.sequential:
-            file.push_rest(off, off + size)
         return found
 
     @answers(metadata=True)

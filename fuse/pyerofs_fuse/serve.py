@@ -37,6 +37,7 @@ from pyerofs_fuse.options import Options
 
 log = logging.getLogger("pyerofs-fuse")
 
+NUDGE = 1.0  # seconds
 MAX_PROCESSES = 4  # each costs memory; clients and the kernel need processors, too
 
 
@@ -61,12 +62,13 @@ class Job(NamedTuple):
 def run(job: Job) -> None:
     """Mount and serve.  Returns when the mount is gone.  Reports, and ends, on failure."""
     crew = Crew(job.processes)
+    options = job.options
     operations = Operations(
-        crew.turns, shared=job.options.shared, record=job.options.record is not None
+        crew.turns, crew.handles, shared=options.shared, record=options.record is not None
     )
     eager.enable(crew.turns, lambda: operations.waiting > 0, operations.use_moment)
     try:
-        check(job.options)
+        check(options)
         if crew.size == 1:
             trio.run(_serve_alone, job, operations)
         else:
@@ -145,6 +147,7 @@ def _work(job: Job, operations: Operations, crew: Crew, sources: Sequence[Source
     async def work() -> None:
         async with _opened(job, crew, sources) as image:
             operations.attach(image)
+            _keep_moving()
             await pyfuse3.main()
             crew.turns.pass_on()  # so that the others see its end, too
 
@@ -167,6 +170,16 @@ def _opened(
     return pyerofs.aio.open(sources[0], devices=sources[1:], cache_size=size)
 
 
+def _keep_moving() -> None:
+    """Have a signal that does nothing come every second.
+
+    A request vanishes from the kernel's queue with its client.  Should that happen just after we were
+    told of it, pyfuse3 waits in read(2) for another, and all that this process does waits with it;
+    a signal ends that."""
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, NUDGE, NUDGE)
+
+
 def settle() -> None:
     """Fit this process, and those to be forked from it, for serving."""
     tune()
@@ -178,13 +191,13 @@ async def _lead(
     job: Job, operations: Operations, image: AsyncImage, signals: AsyncIterator[int]
 ) -> None:
     """Answer requests, and do all that one process has to do for a mount."""
+    _keep_moving()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_background, job, image)
         nursery.start_soon(_stop_on, signals, operations, nursery.cancel_scope)
         nursery.start_soon(_announce, job, operations)
         await pyfuse3.main()
         nursery.cancel_scope.cancel()
-    await operations.finish()
 
 
 async def _background(job: Job, image: AsyncImage) -> None:
@@ -222,7 +235,6 @@ async def _stop_on(
     async for number in signals:
         log.info("stopping on signal %d", number)
         operations.stop()
-        await operations.finish()
         pyfuse3.terminate()
         await trio.sleep(GRACE)
         scope.cancel()

@@ -40,7 +40,7 @@ class Turns:
         return self.mine
 
     def pass_on(self) -> None:
-        """Let another process receive what comes next."""
+        """Let another process receive what comes next.  An operation does so before it waits."""
         if self.shared and self.mine:
             self.mine = False
             os.eventfd_write(self.fd, 1)
