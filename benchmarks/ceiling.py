@@ -141,7 +141,7 @@ def fork(nodes: dict[int, Node], mountpoint: str) -> int:
     os.setsid()
     pyfuse3.init(Ceiling(nodes), mountpoint, {"ro", "fsname=ceiling"})
     read_ahead(mountpoint)
-    eager.enable(Turns(1), lambda: False, lambda: False)
+    eager.enable(Turns(1), lambda: False)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)

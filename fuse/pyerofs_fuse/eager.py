@@ -11,14 +11,13 @@ pyfuse3 lets its trio be replaced like this; it does so itself to run on asyncio
 
 from __future__ import annotations
 
-import select
 from collections.abc import Callable
 from typing import Any
 
 import pyfuse3
 import trio
 
-from pyerofs_fuse.turns import SELECT_LIMIT, Turns
+from pyerofs_fuse.turns import Turns, readable
 
 MOMENT = 30e-6  # seconds: about what a client needs to send its next request
 IN_A_ROW = 64  # requests until other tasks get a turn
@@ -27,12 +26,9 @@ IN_A_ROW = 64  # requests until other tasks get a turn
 class _Lowlevel:
     """trio.lowlevel with another ``wait_readable``."""
 
-    def __init__(
-        self, turns: Turns, busy: Callable[[], bool], use_moment: Callable[[], bool]
-    ) -> None:
+    def __init__(self, turns: Turns, busy: Callable[[], bool]) -> None:
         self._turns = turns
         self._busy = busy
-        self._use_moment = use_moment
         self._row = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -44,30 +40,19 @@ class _Lowlevel:
         turns = self._turns
         turns.queue = fd
         self._row += 1
-        eager = self._row < IN_A_ROW and fd < SELECT_LIMIT and not self._busy()
+        moment = 0.0 if self._busy() else MOMENT
         while True:
             if not turns.mine:
-                if eager:
-                    select.select([turns.fd], (), (), MOMENT)
+                readable(turns.fd, moment)
                 while not turns.take():
                     self._row = 0
                     await trio.lowlevel.wait_readable(turns.fd)
-            if self._row < IN_A_ROW and self._comes_soon(fd, eager):
+            if self._row < IN_A_ROW and readable(fd, moment):
                 return
             self._row = 0
             await trio.lowlevel.wait_readable(fd)
             if turns.mine:  # another task may have passed it on meanwhile
                 return
-
-    def _comes_soon(self, fd: int, eager: bool) -> bool:
-        """Whether there is a request, or, if there is nothing else to do, one comes in a moment."""
-        if fd >= SELECT_LIMIT:
-            return False
-        ready = select.select
-        while not ready([fd], (), (), 0)[0]:
-            if not (eager and self._use_moment()):
-                return eager and bool(ready([fd], (), (), MOMENT)[0])
-        return True
 
     def notify_closing(self, fd: int) -> None:
         """Wake whoever waits for ``fd``, or for the turn to."""
@@ -86,8 +71,7 @@ class _Trio:
         return getattr(trio, name)
 
 
-def enable(turns: Turns, busy: Callable[[], bool], use_moment: Callable[[], bool]) -> None:
+def enable(turns: Turns, busy: Callable[[], bool]) -> None:
     """Make pyfuse3 wait eagerly from now on, except while ``busy()``: other tasks then wait for
-    something that trio has to tell them.  ``use_moment`` is called while nothing waits to be received;
-    it does something useful that takes a moment, or returns False."""
-    pyfuse3.trio = _Trio(_Lowlevel(turns, busy, use_moment))  # type: ignore[attr-defined]
+    something that trio has to tell them."""
+    pyfuse3.trio = _Trio(_Lowlevel(turns, busy))  # type: ignore[attr-defined]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from operator import itemgetter
-from stat import S_ISDIR
 
 from pyfuse3 import EntryAttributes
 
@@ -22,7 +21,7 @@ cookie_of = itemgetter(2)
 class Listing:
     """Entries of a directory that lie one after another."""
 
-    __slots__ = ("_directories", "counted", "first", "inode", "rows", "whole")
+    __slots__ = ("counted", "first", "inode", "rows", "whole")
 
     def __init__(self, inode: Inode) -> None:
         self.inode = inode
@@ -30,7 +29,6 @@ class Listing:
         self.first = True  # the first of them is the directory's
         self.whole = False  # and the last one, too
         self.counted = 0
-        self._directories: list[int] | None = None
 
     def add(self, cookie: int, more: list[Row]) -> tuple[list[Row], int]:
         """Add the entries that follow ``cookie``, if that is where the last one ends; else keep these
@@ -51,16 +49,6 @@ class Listing:
         self.whole = False
         self.rows = more
         return more, 0
-
-    def directories(self) -> list[int]:
-        """Node ids of the directories in a listing that is whole."""
-        if self._directories is None:
-            self._directories = [
-                attr.st_ino
-                for name, attr, _ in self.rows
-                if S_ISDIR(attr.st_mode) and name not in (b".", b"..")
-            ]
-        return self._directories
 
 
 class Listings:

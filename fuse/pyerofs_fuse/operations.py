@@ -28,7 +28,6 @@ from pyerofs.memory import INLINE_NS, Fault
 from pyerofs.model import Inode
 from pyerofs.ondisk import NAME_LEN
 from pyerofs.sources.base import Buffer
-from pyerofs_fuse.foresight import Foresight
 from pyerofs_fuse.handles import Handles
 from pyerofs_fuse.listings import Listing, Listings, Row, cookie_of
 from pyerofs_fuse.turns import Turns
@@ -37,8 +36,6 @@ log = logging.getLogger("pyerofs-fuse")
 
 FOREVER = 1e9  # seconds; the image can't change
 ENTRIES_AT_ONCE = 128  # directory entries prepared in one go: a fraction of a millisecond
-ENTRIES_IN_A_MOMENT = 24  # and in a moment that nobody has asked for
-ENTRIES_AHEAD = 1024  # of a directory that is only expected to be listed
 MAX_DIRECTORIES = 1024  # inodes of directories that are kept decoded
 STORE_SIZE = 128 << 10  # files up to this size go to the kernel's page cache when they are opened
 LONG_READ = 256 << 10  # bytes from which on answering takes so long that others should go on
@@ -122,8 +119,6 @@ class Operations(pyfuse3.Operations):
         self._files: dict[int, AsyncFile] = {}
         self._stored: dict[int, None] = {}  # nodes whose data the kernel was given lately
         self._listings = Listings()
-        self._foresight = Foresight(self._look_ahead)
-        self.use_moment = self._foresight.work
         self._directories: dict[int, Inode] = {}
         self._waiting: set[trio.CancelScope] = set()
         self._reported: set[int | None] = set()
@@ -344,7 +339,6 @@ class Operations(pyfuse3.Operations):
                     return
                 start_id = cookie
             if listing.whole and rows is listing.rows:
-                self._foresight.listed(fh, listing.directories())
                 return
             more = await self._run(self._prepare, listing.inode, start_id)
             rows, at = listing.add(start_id, more)
@@ -352,23 +346,7 @@ class Operations(pyfuse3.Operations):
             if not more:
                 return
 
-    def _look_ahead(self, node: int) -> bool:
-        """Prepare a few entries of a directory that is likely to be listed next, if that can be done
-        at once.  False if there is no more to do."""
-        try:
-            listing = self._listings.get(node)
-            if listing is None:
-                listing = Listing(inodes.load(self._volume, self._nid(node)))
-            if listing.whole or len(listing.rows) >= ENTRIES_AHEAD or not listing.inode.is_dir:
-                return False
-            cookie = listing.rows[-1][2] if listing.rows else 0
-            listing.add(cookie, self._prepare(listing.inode, cookie, ENTRIES_IN_A_MOMENT))
-        except (Fault, ErofsError):
-            return False  # whoever asks for it will see
-        self._listings.put(node, listing)
-        return not listing.whole
-
-    def _prepare(self, parent: Inode, cookie: int, count: int = ENTRIES_AT_ONCE) -> list[Row]:
+    def _prepare(self, parent: Inode, cookie: int) -> list[Row]:
         """Some entries from ``cookie`` on, with their attributes; [] at the end."""
         vol = self._volume
         size = vol.sb.directory_block_size
@@ -380,7 +358,7 @@ class Operations(pyfuse3.Operations):
             return [self._row(b".", parent, end + 1)]
         found: list[Row] = []
         block = directory.block_entries(vol, parent, index, -(-skip // 12))
-        for entry in block[:count]:
+        for entry in block[:ENTRIES_AT_ONCE]:
             try:
                 inode = inodes.load(vol, entry.nid)
                 found.append(self._row(entry.name, inode, entry.cookie))

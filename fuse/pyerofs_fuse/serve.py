@@ -66,7 +66,7 @@ def run(job: Job) -> None:
     operations = Operations(
         crew.turns, crew.handles, shared=options.shared, record=options.record is not None
     )
-    eager.enable(crew.turns, lambda: operations.waiting > 0, operations.use_moment)
+    eager.enable(crew.turns, lambda: operations.waiting > 0)
     try:
         check(options)
         if crew.size == 1:

@@ -57,5 +57,9 @@ class Turns:
 
     def idle(self) -> bool:
         """Whether no request waits to be received (as far as one can tell)."""
-        queue = self.queue
-        return 0 <= queue < SELECT_LIMIT and not select.select([queue], (), (), 0)[0]
+        return 0 <= self.queue < SELECT_LIMIT and not readable(self.queue, 0)
+
+
+def readable(fd: int, seconds: float) -> bool:
+    """Whether a descriptor becomes readable within a moment; False if it can't be looked at."""
+    return fd < SELECT_LIMIT and bool(select.select([fd], (), (), seconds)[0])

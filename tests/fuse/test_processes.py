@@ -716,7 +716,7 @@ def eager_trio(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Turns, Tu
     other = copy.copy(turns)
     other.hold()
     monkeypatch.setattr(pyfuse3, "trio", trio)
-    eager.enable(turns, lambda: False, lambda: False)
+    eager.enable(turns, lambda: False)
     yield pyfuse3.trio, turns, other  # type: ignore[attr-defined]
     os.close(turns.fd)
 
