@@ -85,7 +85,7 @@ def _lz4_partial() -> Callable[[Buffer, int], Buffer] | None:
         # int LZ4_decompress_safe_partial(src, dst, srcSize, targetOutputSize, dstCapacity)
         n = function(bytes(stream), address(at(out)), len(stream), length, length)
         if n != length:
-            raise DecodeError(f"lz4: corrupt ({n} instead of {length})")
+            raise DecodeError(f"lz4: {n} bytes instead of {length}" if n >= 0 else "lz4: corrupt")
         return out
 
     return decode

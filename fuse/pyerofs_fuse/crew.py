@@ -32,19 +32,22 @@ class Crew:
         self.size = size
         self.turns = Turns(size)
         self.handles = Handles(size)
-        self._others: dict[int, int] = {}  # process id -> descriptor of the process
+        self._others: dict[int, int] = {}  # process id -> a pipe whose other end is open in it
 
     def fork(self) -> bool:
         """Become so many processes.  False in all but the captain, who minds signals; the
         others ignore them."""
         captain = os.getpid()
         for number in range(1, self.size):
+            ours, theirs = os.pipe()
             child = os.fork()
             if not child:
+                os.close(ours)
                 self.handles.me = number
                 self._enlist(captain)
                 return False
-            self._others[child] = os.pidfd_open(child)
+            os.close(theirs)
+            self._others[child] = ours
         self.turns.mine = True
         return True
 
@@ -66,7 +69,7 @@ class Crew:
 
         async def mind(child: int, fd: int) -> None:
             await trio.lowlevel.wait_readable(fd)
-            _, status = os.waitpid(child, os.WNOHANG)  # noqa: ASYNC222 (it is dead)
+            _, status = os.waitpid(child, 0)  # noqa: ASYNC222 (it has closed all files: it is ending)
             os.close(self._others.pop(child))
             if status:
                 log.error("process %d, which served the mount, died (status %#x)", child, status)

@@ -89,7 +89,7 @@ async def _serve_alone(job: Job, operations: Operations) -> None:
             waiting.close()
             operations.attach(image)
             with mounted(operations, job.options, job.spec.name):
-                settle()
+                _settle()
                 await _lead(job, operations, image, signals)
             if job.options.record is not None:
                 await _write_record(image, operations.opened, job.options.record)
@@ -102,7 +102,7 @@ def _serve_together(job: Job, operations: Operations, crew: Crew) -> None:
     try:
         with mounted(operations, job.options, job.spec.name):
             trio.run(_greet, operations)
-            settle()
+            _settle()
             if not crew.fork():
                 _work(job, operations, crew, sources)
             trio.run(_serve_with, job, operations, crew, sources)
@@ -180,7 +180,7 @@ def _keep_moving() -> None:
     signal.setitimer(signal.ITIMER_REAL, NUDGE, NUDGE)
 
 
-def settle() -> None:
+def _settle() -> None:
     """Fit this process, and those to be forked from it, for serving."""
     tune()
     gc.collect()

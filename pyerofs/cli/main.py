@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from pyerofs import __version__
@@ -191,17 +192,24 @@ def main(words: Sequence[str] | None = None) -> int:
     except ErofsError as e:
         print(f"pyerofs: {e}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # whoever read our output has seen enough; keep the interpreter's last flush quiet too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has seen enough
+        _drop_output()
         return 1
     except OSError as e:
+        if not e.filename:
+            _drop_output()
         where = f"{os.fsdecode(e.filename)}: " if e.filename else ""
         print(f"pyerofs: {where}{e.strerror or e}", file=sys.stderr)
         return 1 if e.errno != errno.EPIPE else 0
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def _drop_output() -> None:
+    """Have the interpreter's last flush go nowhere, instead of failing once more."""
+    with suppress(OSError):  # it may be no file at all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 _MODULES = {"ls": "listing", "tree": "listing", "stat": "listing", "cat": "listing"}

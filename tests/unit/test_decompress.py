@@ -180,6 +180,19 @@ def test_lz4_left_aligned_with_a_match_at_no_distance() -> None:
         decode(ALG_LZ4, b"\x10x\0\0" + bytes(50), 20, False, zero_padded=False)
 
 
+@pytest.mark.parametrize("sample", ["text", "zeros", "short repeats", "noise, then text"])
+def test_lz4_stops_early_or_not(sample: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the library behind python-lz4, or without."""
+    data = SAMPLES[sample]
+    encoded = padded(pack_lz4(data))
+    lengths = (1, 2, 15, 16, 17, 4095, len(data) // 2, len(data) - 1, len(data))
+    early = [decode(ALG_LZ4, encoded, length, True) for length in lengths]
+    assert early == [data[:length] for length in lengths]
+    monkeypatch.setattr(decompress, "_lz4_partial", lambda: None)
+    late = [decode(ALG_LZ4, encoded, length, True) for length in lengths]
+    assert late == [data] * len(lengths)
+
+
 # --- stored, rotated --------------------------------------------------------------------------
 
 
@@ -284,6 +297,30 @@ def test_unknown_algorithm(algorithm: int) -> None:
 # --- bombs ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["lz4", "deflate", "lzma"])
+def test_the_first_look_decodes_no_more_than_it_needs(name: str) -> None:
+    """And the second all of it, lest the beginning be decoded over and over."""
+    algorithm, pack = PACKERS[name]
+    data = SAMPLES["text"]
+    stream = padded(pack(data))
+    memory = BlockingMemory([MemorySource(stream)])
+    pcluster = Pcluster(0, 0, len(stream), algorithm, 0, len(data), False, 77)
+    first = memory.enough(pcluster, 5000)
+    assert memory.decoded(first) == data[:5000]
+    assert memory.decoded(first) == data[:5000]
+    assert memory.decodes == 1
+    assert memory.enough(pcluster, 6000) == pcluster
+    assert memory.decoded(pcluster) == data
+    assert memory.decoded(first) == data
+    assert memory.decodes == 2
+
+
+def test_zstd_has_no_use_for_less() -> None:
+    stream = padded(pack_zstd(SAMPLES["text"]))
+    pcluster = Pcluster(0, 0, len(stream), ALG_ZSTD, 0, len(SAMPLES["text"]), False, 77)
+    assert BlockingMemory([MemorySource(stream)]).enough(pcluster, 5000) == pcluster
+
+
 @contextmanager
 def at_most(limit: int) -> Iterator[None]:
     """Fail where the block takes more than ``limit`` bytes of memory at a time."""
@@ -296,7 +333,7 @@ def at_most(limit: int) -> Iterator[None]:
     assert peak < limit
 
 
-@pytest.mark.parametrize("name", ["deflate", "zstd", "lzma", "zstd of unknown size"])
+@pytest.mark.parametrize("name", ["lz4", "deflate", "zstd", "lzma", "zstd of unknown size"])
 def test_bombs_give_what_was_asked_for(name: str) -> None:
     algorithm, pack = PACKERS[name]
     bomb = pack(bytes(40 << 20))
@@ -304,8 +341,12 @@ def test_bombs_give_what_was_asked_for(name: str) -> None:
         assert decode(algorithm, bomb, 5000, True) == bytes(5000)
 
 
-def test_an_lz4_bomb_is_refused() -> None:
+def test_an_lz4_bomb_is_refused_where_decoding_can_not_stop_early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     bomb = pack_lz4(bytes(40 << 20))
+    assert len(decode(ALG_LZ4, bomb, 5000, True)) == 5000
+    monkeypatch.setattr(decompress, "_lz4_partial", lambda: None)
     with at_most(2 * PCLUSTER_MAX_DSIZE), pytest.raises(DecodeError):
         decode(ALG_LZ4, bomb, 5000, True)
     with at_most(2 * PCLUSTER_MAX_DSIZE), pytest.raises(DecodeError, match="match too long"):
