@@ -1,6 +1,7 @@
 """pyfuse3's operations over an AsyncImage: an adapter, with no logic of the format in it.
 
-Node ids are inode numbers, which are nids in another notation, so no table of inodes is kept.  Most
+Node ids are inode numbers, which are nids in another notation, and handles are node ids, so no table
+of inodes or handles is kept, and any process that serves the mount can answer any request.  Most
 answers come straight from memory; an operation that has to wait does so in a cancel scope of its
 own, so that stopping the daemon answers it with EIO.
 """
@@ -38,10 +39,10 @@ FOREVER = 1e9  # seconds; the image can't change
 ENTRIES_AT_ONCE = 128  # directory entries prepared in one go: a fraction of a millisecond
 MAX_DIRECTORIES = 1024  # inodes of directories that are kept decoded
 STORE_SIZE = 128 << 10  # files up to this size go to the kernel's page cache when they are opened
-LONG_READ = 256 << 10  # bytes from which on answering takes so long that others should go on
-MAX_FILES = 1024  # that were read lately
-STORING = 50e-6  # seconds: about what it takes
 MAX_STORED = 1 << 15  # of them are remembered; forgetting one costs a copy, nothing else
+STORING = 50e-6  # seconds: about what that takes
+LONG_READ = 256 << 10  # bytes from which on answering takes so long that others should go on
+MAX_FILES = 1024  # that were opened lately
 MAX_RECORDED = 1 << 20  # files that are remembered as opened
 ALONE_NS = 400_000  # that the event loop may be busy while nobody wants it,
 HANDED_OVER_NS = 100_000_000  # and while it is another process' turn
