@@ -54,9 +54,11 @@ class Listing:
 class Listings:
     """The directories that were listed lately, the least recently read dropped first."""
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int) -> None:
+        """``processes``: how many share the memory that these may take."""
         self._listings: OrderedDict[int, Listing] = OrderedDict()
         self._rows = 0
+        self._max_rows = MAX_ROWS // processes
 
     def get(self, node: int) -> Listing | None:
         found = self._listings.get(node)
@@ -69,7 +71,7 @@ class Listings:
         self._listings[node] = listing
         self._rows += len(listing.rows) - listing.counted
         listing.counted = len(listing.rows)
-        while self._rows > MAX_ROWS or len(self._listings) > MAX_LISTINGS:
+        while self._rows > self._max_rows or len(self._listings) > MAX_LISTINGS:
             _, gone = self._listings.popitem(last=False)
             self._rows -= gone.counted
             gone.counted = 0

@@ -22,6 +22,7 @@ class Turns:
 
     def __init__(self, processes: int) -> None:
         """Made before the fork."""
+        self.processes = processes
         self.shared = processes > 1
         self.mine = True
         self.fd = -1  # readable while nobody has the turn
