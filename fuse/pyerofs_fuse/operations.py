@@ -122,7 +122,6 @@ class Operations(pyfuse3.Operations):
         self._listings = Listings(turns.processes)
         self._directories: dict[int, Inode] = {}
         self._waiting: set[trio.CancelScope] = set()
-        self._reported: set[int | None] = set()
 
     def attach(self, image: AsyncImage) -> None:
         """Answer from this image, from now on."""
@@ -161,11 +160,8 @@ class Operations(pyfuse3.Operations):
 
     def report(self, e: ErofsError) -> None:
         """Log an error, but only the first one about an inode."""
-        nid = getattr(e, "nid", None)
-        if isinstance(e, CorruptImage):
-            if nid in self._reported or len(self._reported) > 10_000:
-                return
-            self._reported.add(nid)
+        if isinstance(e, CorruptImage) and not self._handles.first_error(e.nid):
+            return
         if not isinstance(e, OSError):
             log.error("%s", e)
 

@@ -364,3 +364,17 @@ def test_a_count_is_never_too_low() -> None:
     run_forked(work)
     assert [handles.count(node) for node in nodes] == [0, 0, 0]
     os.close(turns.fd)
+
+
+def test_an_error_is_the_first_one_only_once() -> None:
+    """For all processes."""
+    handles = Handles()
+    assert handles.first_error(5)
+    assert handles.first_error(None)
+    child = os.fork()
+    if not child:
+        seen = handles.first_error(5) or handles.first_error(None) or not handles.first_error(7)
+        os._exit(int(seen))
+    assert os.waitpid(child, 0)[1] == 0
+    assert not handles.first_error(7)
+    assert handles.first_error(2**63 + 1)
