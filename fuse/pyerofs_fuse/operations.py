@@ -46,7 +46,6 @@ MAX_FILES = 1024  # that were opened lately
 MAX_RECORDED = 1 << 20  # files that are remembered as opened
 ALONE_NS = 400_000  # that the event loop may be busy while nobody wants it,
 HANDED_OVER_NS = 100_000_000  # and while it is another process' turn
-GRACE = 1.0  # seconds that what is under way gets to finish once we are told to stop
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")

@@ -32,12 +32,13 @@ from pyerofs.status import publish
 from pyerofs_fuse import eager
 from pyerofs_fuse.crew import SIGNALS, Crew
 from pyerofs_fuse.mount import MountError, check, mounted, read_ahead, tune
-from pyerofs_fuse.operations import GRACE, Operations
+from pyerofs_fuse.operations import Operations
 from pyerofs_fuse.options import Options
 
 log = logging.getLogger("pyerofs-fuse")
 
 NUDGE = 1.0  # seconds
+GRACE = 1.0  # seconds that what is under way gets to finish once we are told to stop
 MAX_PROCESSES = 4  # each costs memory; clients and the kernel need processors, too
 
 
