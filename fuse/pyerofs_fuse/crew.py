@@ -35,12 +35,18 @@ class Crew:
         self._others: dict[int, int] = {}  # process id -> a pipe whose other end is open in it
 
     def fork(self) -> bool:
-        """Become so many processes.  False in all but the captain, who minds signals; the
-        others ignore them."""
+        """Become so many processes, or as many as may be.  False in all but the captain, who minds
+        signals; the others ignore them."""
         captain = os.getpid()
         for number in range(1, self.size):
             ours, theirs = os.pipe()
-            child = os.fork()
+            try:
+                child = os.fork()
+            except OSError as e:
+                log.warning("served by %d processes, not %d: %s", number, self.size, e.strerror)
+                os.close(ours)
+                os.close(theirs)
+                break
             if not child:
                 os.close(ours)
                 self.handles.me = number

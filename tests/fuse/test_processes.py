@@ -376,6 +376,22 @@ def open_files(pid: int) -> dict[int, str]:
     return found
 
 
+def test_fewer_where_no_more_can_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyerofs_fuse.crew import Crew
+
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, "no more processes")
+
+    monkeypatch.setattr(os, "fork", fork)
+    open_before = set(os.listdir("/proc/self/fd"))
+    crew = Crew(4)
+    assert crew.fork()
+    assert crew.turns.mine
+    crew.end()
+    os.close(crew.turns.fd)
+    assert set(os.listdir("/proc/self/fd")) == open_before
+
+
 def test_the_command_returns(where: Path) -> None:
     """As for a script that reads all it says: the others have let go of its pipes, too."""
     ends = {}
