@@ -29,7 +29,6 @@ from pyerofs.sources.base import Buffer
 LZMA_MAX_DICT_SIZE = 8 << 20  # what the kernel allows
 ZSTD_MAX_WINDOW_LOG = 23  # 8 MiB: bounds what a streaming decoder allocates
 
-
 STOP_EARLY = {ALG_LZ4, ALG_LZMA, ALG_DEFLATE}  # what is not asked for is not decoded (or hardly)
 PADDING = 4096  # bytes of zeros that are looked for first
 

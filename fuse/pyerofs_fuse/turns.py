@@ -53,8 +53,7 @@ class Turns:
     def share(self) -> None:
         """Pass the turn on if requests are waiting."""
         if self.shared and self.mine and not self.idle():
-            self.mine = False
-            os.eventfd_write(self.fd, 1)
+            self.pass_on()
 
     def idle(self) -> bool:
         """Whether no request waits to be received (as far as one can tell)."""
