@@ -57,8 +57,9 @@ class Export:
 
 @dataclass(slots=True)
 class Statistics:
-    """What has been done so far.  ``bytes`` counts the data of successful reads; ``errors`` the
-    requests that were answered by an error; ``failures`` those of them that were the source's."""
+    """What has been done so far, counted just before the replies are sent.  ``bytes`` counts the data
+    of successful reads; ``errors`` the requests that were answered by an error; ``failures`` those of
+    them that were the source's."""
 
     connections: int = 0
     requests: int = 0
@@ -475,8 +476,8 @@ class _Transmission:
                 self._sending.release()
 
     async def _flush_locked(self, *, more: bool = False) -> None:
-        await self.channel.send(self._batch.take(), more=more)
         self._statistics.bytes += self._batch.payload
+        await self.channel.send(self._batch.take(), more=more)
         self._batch.clear()
 
     async def _send_file(self, fd: int, offset: int, length: int) -> None:
@@ -484,10 +485,10 @@ class _Transmission:
         await self._acquire()
         try:
             await self._flush_locked(more=True)
+            self._statistics.bytes += length
             await self.channel.send_file(fd, offset, length)
         finally:
             self._sending.release()
-        self._statistics.bytes += length
 
     async def _send(self, parts: Sequence[Buffer]) -> None:
         await self._acquire()
