@@ -9,16 +9,13 @@ filter; every pcluster must decode to its length.  Problems are collected, not f
 from __future__ import annotations
 
 import argparse
-import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from pyerofs import data, directory, tree, xattr
 from pyerofs import inode as inodes
 from pyerofs.cli.common import open_image, print_json, printable
-from pyerofs.cli.workers import Workers, WorkersEnded, worth_forking
+from pyerofs.cli.workers import Threads, Workers, WorkersEnded, hire
 from pyerofs.errors import CorruptImage, ErofsError
 from pyerofs.extent import extents
 from pyerofs.image import Image
@@ -26,7 +23,6 @@ from pyerofs.model import HOLE, Dirent, Inode
 from pyerofs.progress import Progress
 
 PIECE = 4 << 20
-MAX_BATCHES = 16
 BATCH_FILES = 64
 BATCH_BYTES = 8 << 20
 MAX_BAD_BLOCKS = 100  # of a directory, before the rest of it is left alone
@@ -84,13 +80,14 @@ class Problem:
         return f" ({', '.join(parts)})" if parts else ""
 
 
-Named = tuple[str, Inode]
+Batch = tuple[str, list[tuple[str, int]]]  # what precedes the names, names and nids
+Found = tuple[list[Problem], int]
 
 
 class Checker:
     """One check of one image."""
 
-    _give: Callable[[list[Named]], None]  # have somebody look at data and xattrs
+    _workers: Workers[Batch, Found] | Threads[Batch, Found]  # look at data and xattrs
 
     def __init__(self, image: Image, progress: Progress) -> None:
         self._image = image
@@ -105,74 +102,24 @@ class Checker:
 
     def run(self) -> None:
         """Check everything; fills ``problems``."""
-        if worth_forking(self._image.superblock.inodes):
-            self._run_processes()
-        else:
-            self._run_threads()
-        for nid, (path, nlink) in self._inodes.items():
-            if self._links[nid] != nlink:
-                self._add(path, f"link count {nlink}, {self._links[nid]} names found", nid)
-
-    def _all(self) -> None:
-        self._walk()
-        self._special()
-
-    def _run_threads(self) -> None:
-        """Data is read and decoded by threads."""
-        slots = threading.Semaphore(MAX_BATCHES)
-        futures: list[Future[None]] = []
-
-        def task(batch: list[Named]) -> None:
-            try:
-                self._batch(batch)
-            finally:
-                slots.release()
-
-        def give(batch: list[Named]) -> None:
-            slots.acquire()
-            futures.append(pool.submit(task, batch))
-
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            self._give = give
-            self._all()
-            for future in futures:
-                future.result()
-
-    def _run_processes(self) -> None:
-        """The same by processes, for everything to run at the same time; that is worth its price
-        with many files."""
-
-        def work(job: tuple[str, list[tuple[str, int]]]) -> None:
-            here, names = job
-            for name, nid in names:
-                path = here + name
-                try:
-                    self._batch([(path, inodes.load(self._vol, nid))])
-                except ErofsError as e:
-                    self._caught(path, e, nid)
-
-        def finish() -> tuple[list[Problem], int]:
-            return self.problems, self.bytes
-
-        def give(batch: list[Named]) -> None:
-            here = batch[0][0].rpartition("/")
-            skip = len(here[0] + here[1])  # all are in one directory
-            names = [(path[skip:], inode.nid) for path, inode in batch]
-            if not workers.submit((batch[0][0][:skip], names)):
-                raise WorkersEnded
-
-        workers = Workers(work, finish)
-        self._give = give
+        self._workers = hire(self._batch, self._found, self._image.superblock.inodes)
         try:
-            self._all()
+            self._walk()
+            self._special()
         except WorkersEnded:
             pass  # close tells why
         finally:
-            results = workers.close()
+            results = self._workers.close()
         for problems, size in results:
             self.problems += problems
             self.bytes += size
         del self.problems[MAX_PROBLEMS:]
+        for nid, (path, nlink) in self._inodes.items():
+            if self._links[nid] != nlink:
+                self._add(path, f"link count {nlink}, {self._links[nid]} names found", nid)
+
+    def _found(self) -> tuple[list[Problem], int]:
+        return self.problems, self.bytes
 
     def _add(self, path: str, what: str, nid: int | None, offset: int | None = None) -> None:
         with self._lock:
@@ -200,10 +147,11 @@ class Checker:
                 continue
             self._xattrs(path, here)
             subdirectories = 0
-            batch: list[Named] = []
+            batch: list[tuple[str, int]] = []
             size = 0
             for entry in self._entries(path, here, parent):
-                child_path = f"{path}/{tree.decode(entry.name)}"
+                name = tree.decode(entry.name)
+                child_path = f"{path}/{name}"
                 try:
                     child = inodes.load(self._vol, entry.nid)
                 except ErofsError as e:
@@ -223,12 +171,12 @@ class Checker:
                 if names:
                     continue
                 self._inodes[child.nid] = (child_path, child.nlink)
-                batch.append((child_path, child))
+                batch.append((name, child.nid))
                 size += child.size
                 if len(batch) >= BATCH_FILES or size >= BATCH_BYTES:
-                    self._submit(batch)
+                    self._submit(f"{path}/", batch)
                     batch, size = [], 0
-            self._submit(batch)
+            self._submit(f"{path}/", batch)
             if here.nlink != subdirectories + 2 and here.nlink != 1:
                 self._add(
                     path, f"link count {here.nlink}, {subdirectories} subdirectories", here.nid
@@ -267,25 +215,28 @@ class Checker:
 
     def _special(self) -> None:
         """The inodes that no directory leads to."""
-        for name, nid in (("packed inode", self._vol.sb.packed_nid),):
+        sb = self._vol.sb
+        for name, nid in (("<packed inode>", sb.packed_nid), ("<metabox inode>", sb.metabox_nid)):
             if nid:
-                try:
-                    self._submit([(f"<{name}>", inodes.load(self._vol, nid))])
-                except ErofsError as e:
-                    self._caught(f"<{name}>", e, nid)
-        if self._vol.metabox is not None:
-            self._submit([("<metabox inode>", self._vol.metabox)])
+                self._submit("", [(name, nid)])
 
-    def _submit(self, batch: list[Named]) -> None:
-        if batch:
-            self._give(batch)
-            with self._lock:
-                self.inodes += len(batch)
-                self._progress.advance(len(batch))
+    def _submit(self, here: str, names: list[tuple[str, int]]) -> None:
+        if names:
+            self._workers.submit((here, names))
+            self.inodes += len(names)
+            self._progress.advance(len(names))
 
-    def _batch(self, batch: list[Named]) -> None:
+    def _batch(self, batch: Batch) -> None:
+        """What workers do."""
+        here, names = batch
         total = 0
-        for path, inode in batch:
+        for name, nid in names:
+            path = here + name
+            try:
+                inode = inodes.load(self._vol, nid)
+            except ErofsError as e:
+                self._caught(path, e, nid)
+                continue
             self._xattrs(path, inode)
             total += self._data(path, inode)
         with self._lock:

@@ -16,12 +16,11 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple
 
 from pyerofs import data, tree, xattr
 from pyerofs.cli.common import open_image
-from pyerofs.cli.workers import Workers, WorkersEnded, worth_forking
+from pyerofs.cli.workers import Threads, Workers, WorkersEnded, hire
 from pyerofs.errors import ErofsError
 from pyerofs.extent import extents
 from pyerofs.image import Image
@@ -31,8 +30,7 @@ from pyerofs.sources.base import Buffer
 
 PIECE = 1 << 20  # bytes gathered for one write
 BATCH_FILES = 64  # files, or
-BATCH_BYTES = 4 << 20  # bytes, that make one task for a thread
-MAX_BATCHES = 16  # waiting at a time
+BATCH_BYTES = 4 << 20  # bytes, that make one job
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -63,28 +61,8 @@ def extract(args: argparse.Namespace) -> int:
     return 1 if extractor.failures else 0
 
 
-class Directory:
-    """An open target directory, closed when the walk and all tasks are done with it."""
-
-    def __init__(self, fd: int, path: bytes) -> None:
-        self.fd = fd
-        self.path = path
-        self._users = 1
-        self._lock = threading.Lock()
-
-    def keep(self) -> None:
-        with self._lock:
-            self._users += 1
-
-    def release(self) -> None:
-        with self._lock:
-            self._users -= 1
-            last = not self._users
-        if last:
-            os.close(self.fd)
-
-
-Job = tuple[bytes, Inode]
+Batch = tuple[bytes, list[tuple[bytes, int]]]  # path of a directory, names in it and nids
+Found = tuple[int, Counter[str], dict[int, bytes]]  # failures, skipped, made
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
@@ -111,7 +89,7 @@ class Extractor:
         self._owners = owners
         self._xattrs = xattrs
         self._lock = threading.Lock()
-        self._give: Callable[[Directory, list[Job]], None]
+        self._workers: Workers[Batch, Found] | Threads[Batch, Found]
         self.failures = 0
         self.skipped: Counter[str] = Counter()
         self._first: dict[int, bytes] = {}  # nid of a file with several links -> its first path
@@ -121,81 +99,27 @@ class Extractor:
 
     def run(self, paths: list[bytes]) -> None:
         """Extract the whole tree, or the given paths with their parents."""
-        if worth_forking(self._image.superblock.inodes):
-            self._run_processes(paths)
-        else:
-            self._run_threads(paths)
+        self._workers = hire(self._batch, self._found, self._image.superblock.inodes)
+        try:
+            if not paths:
+                self._walk(b"", self._image.root)
+            for path in paths:
+                self._one(path)
+        except WorkersEnded:
+            pass  # close tells why
+        finally:
+            results = self._workers.close()
+        for failures, skipped, made in results:
+            self.failures += failures
+            self.skipped += skipped
+            self._made |= made
         for path, inode in self._links:
             self._try(path, self._link, path, inode)
         for path, inode in reversed(self._directories):
             self._try(path, self._finish_directory, path, inode)
 
-    def _run_threads(self, paths: list[bytes]) -> None:
-        """Files are made by threads: the codecs and system calls run at the same time."""
-        slots = threading.Semaphore(MAX_BATCHES)
-        futures: list[Future[None]] = []
-
-        def task(here: Directory, jobs: list[Job]) -> None:
-            try:
-                self._batch(here, jobs)
-            finally:
-                here.release()
-                slots.release()
-
-        def submit(here: Directory, jobs: list[Job]) -> None:
-            here.keep()
-            slots.acquire()
-            futures.append(pool.submit(task, here, jobs))
-
-        with ThreadPoolExecutor(max_workers=(os.cpu_count() or 1) + 1) as pool:
-            self._give = submit
-            self._all(paths)
-            for future in futures:
-                future.result()
-
-    def _run_processes(self, paths: list[bytes]) -> None:
-        """Files are made by processes, for everything to run at the same time; that is worth its
-        price with many files."""
-
-        def work(job: tuple[bytes, list[tuple[bytes, int]]]) -> None:
-            path, names = job
-            fd = self._try(path, self._open, path)
-            if fd is None:
-                return
-            here = Directory(fd, path)
-            jobs = []
-            for name, nid in names:
-                inode = self._image.inode(nid)
-                self._first[nid] = path + name
-                jobs.append((name, inode))
-            self._batch(here, jobs)
-            here.release()
-
-        def finish() -> tuple[int, Counter[str], dict[int, bytes]]:
-            return self.failures, self.skipped, self._made
-
-        def submit(here: Directory, jobs: list[Job]) -> None:
-            if not workers.submit((here.path, [(name, inode.nid) for name, inode in jobs])):
-                raise WorkersEnded
-
-        workers = Workers(work, finish)
-        self._give = submit
-        try:
-            self._all(paths)
-        except WorkersEnded:
-            pass  # close tells why
-        finally:
-            results = workers.close()
-        for failures, skipped, made in results:
-            self.failures += failures
-            self.skipped += skipped
-            self._made |= made
-
-    def _all(self, paths: list[bytes]) -> None:
-        if not paths:
-            self._walk(b"", self._image.root)
-        for path in paths:
-            self._one(path)
+    def _found(self) -> Found:
+        return self.failures, self.skipped, self._made
 
     def summary(self) -> Iterator[str]:
         """What a person should know afterwards."""
@@ -215,19 +139,23 @@ class Extractor:
         if b".." in names:
             raise ErofsError(f"{os.fsdecode(path)}: '..' can't be extracted")
         *parents, name = names or [b""]
-        for i in range(len(parents)):
-            parent = Directory(self._open(b"/".join(parents[:i])), b"")
-            self._make(parent.fd, parents[i])
-            parent.release()
-        base = b"".join(p + b"/" for p in parents)
-        here = Directory(self._open(base), base)
+        base = b""
+        for parent in parents:
+            self._make_in(base, parent)
+            base += parent + b"/"
         if not inode.is_dir:
-            self._submit(here, [(name, inode)])
-        elif name:
-            self._make(here.fd, name)
-        here.release()
-        if inode.is_dir:
-            self._walk(base + name + b"/" if name else b"", inode)
+            self._submit(base, [(name, inode)])
+            return
+        if name:
+            self._make_in(base, name)
+        self._walk(base + name + b"/" if name else b"", inode)
+
+    def _make_in(self, base: bytes, name: bytes) -> None:
+        fd = self._open(base)
+        try:
+            self._make(fd, name)
+        finally:
+            os.close(fd)
 
     def _make(self, parent: int, name: bytes) -> bool:
         """Make a directory in another; one that exists will do, if it is no link to one."""
@@ -251,34 +179,34 @@ class Extractor:
 
     def _walk(self, top: bytes, inode: Inode) -> None:
         seen: set[int] = set()
-        stack: list[Job] = [(top, inode)]
+        stack = [(top, inode)]
         while stack:
             path, inode = stack.pop()
             fd = self._try(path, self._open, path)
             if fd is None:
                 continue
-            here = Directory(fd, path)
             self._directories.append((path, inode))
             self._progress.advance()
             try:
                 tree.once(seen, inode)
-                stack += self._entries(here, inode)
+                stack += self._entries(fd, path, inode)
             except ErofsError as e:
                 self._fail(path, e)
-            here.release()
+            finally:
+                os.close(fd)
 
-    def _entries(self, here: Directory, inode: Inode) -> list[Job]:
-        """Extract the files of a directory; make its subdirectories, and return them."""
-        found: list[Job] = []
-        batch: list[Job] = []
+    def _entries(self, fd: int, here: bytes, inode: Inode) -> list[tuple[bytes, Inode]]:
+        """Have the files of a directory extracted; make its subdirectories, and return them."""
+        found: list[tuple[bytes, Inode]] = []
+        batch: list[tuple[bytes, Inode]] = []
         size = 0
         for entry in tree.entries(self._vol, inode):
-            path = here.path + entry.name
+            path = here + entry.name
             child = self._try(path, self._image.inode, entry.nid)
             if child is None:
                 continue
             if child.is_dir:
-                if self._try(path, self._make, here.fd, entry.name):
+                if self._try(path, self._make, fd, entry.name):
                     found.append((path + b"/", child))
                 continue
             batch.append((entry.name, child))
@@ -289,28 +217,34 @@ class Extractor:
         self._submit(here, batch)
         return found
 
-    def _submit(self, here: Directory, batch: list[Job]) -> None:
+    def _submit(self, here: bytes, files: list[tuple[bytes, Inode]]) -> None:
         """Give files of one directory to a worker; later names of the same file become links."""
-        todo = []
-        for name, inode in batch:
-            if inode.nlink > 1:
-                first = self._first.setdefault(inode.nid, here.path + name)
-                if first != here.path + name:
-                    self._links.append((here.path + name, inode))
-                    continue
-            todo.append((name, inode))
-        if todo:
-            self._give(here, todo)
-            with self._lock:
-                self._progress.advance(len(todo))
+        batch = []
+        for name, inode in files:
+            if inode.nlink > 1 and self._first.setdefault(inode.nid, here + name) != here + name:
+                self._links.append((here + name, inode))
+            else:
+                batch.append((name, inode.nid))
+        if batch:
+            self._workers.submit((here, batch))
+            self._progress.advance(len(batch))
 
-    def _batch(self, here: Directory, jobs: list[Job]) -> None:
-        for name, inode in jobs:
-            self._try(here.path + name, self._create, here.fd, name, inode)
+    def _batch(self, batch: Batch) -> None:
+        """What workers do."""
+        here, names = batch
+        fd = self._try(here, self._open, here)
+        if fd is None:
+            return
+        try:
+            for name, nid in names:
+                self._try(here + name, self._create, fd, here, name, nid)
+        finally:
+            os.close(fd)
 
     # creating ---------------------------------------------------------------------------
 
-    def _create(self, parent: int, name: bytes, inode: Inode) -> None:
+    def _create(self, parent: int, here: bytes, name: bytes, nid: int) -> None:
+        inode = self._image.inode(nid)
         if self._overwrite:
             self._unlink(parent, name)
         if inode.is_file:
@@ -326,7 +260,7 @@ class Extractor:
             finally:
                 os.close(fd)
             if inode.nlink > 1:
-                self._made[inode.nid] = self._first[inode.nid]
+                self._made[nid] = here + name
             return
         if inode.is_symlink:
             os.symlink(tree.link_target(self._vol, inode), name, dir_fd=parent)
@@ -338,7 +272,7 @@ class Extractor:
                 return
         self._finish_at(parent, name, inode)
         if inode.nlink > 1:
-            self._made[inode.nid] = self._first[inode.nid]
+            self._made[nid] = here + name
 
     def _write(self, fd: int, inode: Inode) -> None:
         """The file's data; holes stay holes."""
@@ -426,8 +360,7 @@ class Extractor:
         try:
             made = self._made.get(inode.nid)
             if made is None:
-                self._first[inode.nid] = path
-                self._create(parent, name, inode)
+                self._create(parent, path[: len(path) - len(name)], name, inode.nid)
                 return
             if self._overwrite:
                 self._unlink(parent, name)

@@ -1,6 +1,8 @@
-"""Processes that share a queue of jobs: what Python's threads can't do at the same time, these can.
+"""Many jobs for all processors: a crew of threads, or of processes, which can do at the same time what
+Python's threads can't.
 
-A job is a message on one socket that all workers read from, so whoever is free takes the next.
+For processes a job is a message on one socket that all of them read from, so whoever is free takes
+the next.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, NoReturn, TypeVar
 
 Job = TypeVar("Job")
@@ -18,15 +21,52 @@ Result = TypeVar("Result")
 
 MANY = 2000  # inodes; with fewer, processes are not worth starting
 MAX_MESSAGE = 128 << 10  # bytes of a job, which has to fit the socket's buffer
-
-
-def worth_forking(inodes: int) -> bool:
-    """Whether processes are of use here, and no other thread could be caught with a lock held."""
-    return inodes >= MANY and (os.cpu_count() or 1) > 1 and threading.active_count() == 1
+MAX_WAITING = 16  # jobs that threads have not begun or finished
 
 
 class WorkersEnded(Exception):
     """The workers have ended early; ``close`` tells why."""
+
+
+def hire(
+    work: Callable[[Job], None], finish: Callable[[], Result], inodes: int
+) -> Workers[Job, Result] | Threads[Job, Result]:
+    """Somebody to do the jobs of an image with so many inodes.
+
+    Processes, where they are worth their price and no other thread could be caught with a lock held:
+    far images, whose sources have a thread, are left to threads.  ``finish`` is for processes, whose
+    results are somewhere else; threads share all that ``work`` changes."""
+    if inodes >= MANY and (os.cpu_count() or 1) > 1 and threading.active_count() == 1:
+        return Workers(work, finish)
+    return Threads(work)
+
+
+class Threads(Generic[Job, Result]):
+    """One thread more than there are CPUs.  An OSError that ``work`` raises ends them."""
+
+    def __init__(self, work: Callable[[Job], None]) -> None:
+        self._work = work
+        self._pool = ThreadPoolExecutor(max_workers=(os.cpu_count() or 1) + 1)
+        self._waiting = threading.Semaphore(MAX_WAITING)
+        self._error: BaseException | None = None
+
+    def submit(self, job: Job) -> None:
+        """Hand over a job; may wait.  Raises WorkersEnded where one has failed."""
+        self._waiting.acquire()
+        if self._error is not None:
+            raise WorkersEnded
+        self._pool.submit(self._work, job).add_done_callback(self._done)
+
+    def _done(self, future: Future[None]) -> None:
+        self._error = self._error or future.exception()
+        self._waiting.release()
+
+    def close(self) -> Sequence[Result]:
+        """Wait until all is done.  Raises what a job raised."""
+        self._pool.shutdown()
+        if self._error is not None:
+            raise self._error
+        return ()
 
 
 class Workers(Generic[Job, Result]):
@@ -50,18 +90,16 @@ class Workers(Generic[Job, Result]):
             self._workers.append((pid, results))
         jobs.close()
 
-    def submit(self, job: Job) -> bool:
-        """Hand over a job; may wait.  False if no worker is left to do it.
-
-        Raises ValueError where a job is too large."""
+    def submit(self, job: Job) -> None:
+        """Hand over a job; may wait.  Raises WorkersEnded where none is left to do it, ValueError where
+        a job is too large."""
         message = pickle.dumps(job)
         if len(message) > MAX_MESSAGE:
             raise ValueError(f"a job of {len(message)} bytes")
         try:
             self._jobs.send(message)
         except (BrokenPipeError, ConnectionResetError):
-            return False
-        return True
+            raise WorkersEnded from None
 
     def close(self) -> Sequence[Result]:
         """Wait until all is done; the results.  Raises an OSError that a worker met."""

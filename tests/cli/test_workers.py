@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pyerofs.cli.workers import Workers
+from pyerofs.cli.workers import MANY, Threads, Workers, WorkersEnded, hire
 from tests.helpers import extracted, words
 from tests.manifests import Manifest, differences, golden
 
@@ -84,26 +84,34 @@ def test_workers_share_the_jobs() -> None:
     done: list[int] = []
     workers = Workers[int, list[int]](done.append, lambda: done)
     for number in range(1000):
-        assert workers.submit(number)
+        workers.submit(number)
     found = workers.close()
     assert sorted(n for part in found for n in part) == list(range(1000))
     assert done == []
 
 
+def keep_busy(workers: Workers[int, None] | Threads[int, None]) -> None:
+    while True:
+        workers.submit(1)
+
+
 def test_a_worker_that_dies() -> None:
     workers = Workers[int, None](lambda n: os._exit(7), lambda: None)
-    while workers.submit(1):
-        pass
+    with pytest.raises(WorkersEnded):
+        keep_busy(workers)
     with pytest.raises(OSError, match="worker process died"):
         workers.close()
 
 
-def test_an_error_is_raised_where_it_can_be_told() -> None:
+@pytest.mark.parametrize("inodes", [0, MANY])
+def test_an_error_is_raised_where_it_can_be_told(inodes: int) -> None:
     def work(_: int) -> None:
         raise OSError(28, "full", "here")
 
-    workers = Workers[int, None](work, lambda: None)
-    workers.submit(1)
+    workers = hire(work, lambda: None, inodes)
+    assert isinstance(workers, Workers if inodes and os.cpu_count() != 1 else Threads)
+    with pytest.raises(WorkersEnded):
+        keep_busy(workers)
     with pytest.raises(OSError, match="full") as caught:
         workers.close()
     assert (caught.value.errno, caught.value.filename) == (28, "here")
