@@ -64,7 +64,7 @@ def lz4(data: Buffer, length: int, partial: bool) -> Buffer:
 
 
 @functools.cache
-def _lz4_partial() -> Callable[[Buffer, int], Buffer] | None:
+def _lz4_partial() -> Callable[[memoryview, int], Buffer] | None:
     """A decoder that stops after so many bytes; None where there is none.
 
     python-lz4 has it in the library that it is made of, but no way to call it; ctypes has."""
@@ -76,13 +76,14 @@ def _lz4_partial() -> Callable[[Buffer, int], Buffer] | None:
         function = c.CDLL(_block.__file__).LZ4_decompress_safe_partial
     except (OSError, AttributeError):
         return None
-    function.argtypes = (c.c_char_p, c.c_void_p, c.c_int, c.c_int, c.c_int)
+    function.argtypes = (c.c_void_p, c.c_void_p, c.c_int, c.c_int, c.c_int)
     address, at = c.addressof, c.c_char.from_buffer
 
-    def decode(stream: Buffer, length: int) -> Buffer:
+    def decode(stream: memoryview, length: int) -> Buffer:
         out = bytearray(length)
+        source = bytes(stream) if stream.readonly else address(at(stream))
         # int LZ4_decompress_safe_partial(src, dst, srcSize, targetOutputSize, dstCapacity)
-        n = function(bytes(stream), address(at(out)), len(stream), length, length)
+        n = function(source, address(at(out)), len(stream), length, length)
         if n != length:
             raise DecodeError(f"lz4: {n} bytes instead of {length}" if n >= 0 else "lz4: corrupt")
         return out

@@ -90,7 +90,9 @@ class CompressionMap:
     total: int  # number of lclusters
     initial_4b: int  # compact: leading 4-byte entries, up to 32-byte alignment
     middle_2b: int  # compact: 2-byte entries after them
-    pack: tuple[int, int]  # compact: the pack read last, its offset and its bits
+    pack: tuple[
+        int, int, int
+    ]  # compact: the pack read last: its offset, bits, heads (a 1 for each)
     inline_size: int  # ztailpacking: encoded bytes behind the index; 0 = none
     inline_address: int
     fragment: int  # offset in the packed inode of the tail; -1 = none

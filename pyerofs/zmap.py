@@ -43,6 +43,9 @@ MAX_STEPS = PCLUSTER_MAX_DSIZE >> ondisk.MIN_BLKSZBITS
 
 _INDEX = ondisk.LCLUSTER_INDEX.unpack_from
 
+# Packs of a compact index, by their number of entries: bytes, bits of an entry, a 1 for each entry.
+_PACKS = {2: (8, 16, 0x10001), 16: (32, 14, sum(1 << 14 * n for n in range(16)))}
+
 
 class Lcluster(NamedTuple):
     """One index entry, decoded.  Heads: ``offset`` and ``block``; NONHEAD: the distances."""
@@ -90,7 +93,7 @@ def header(vol: Volume, inode: Inode) -> CompressionMap:
     z.algorithms = (h.h_algorithmtype & 15, h.h_algorithmtype >> 4)
     z.record_size = z.extents = z.inline_size = z.inline_address = 0
     z.fragment = z.tail_head = -1
-    z.pack = (-1, 0)
+    z.pack = (-1, 0, 0)
     z.last = None
     z.whole = bool(h.h_clusterbits >> ondisk.FRAGMENT_INODE_BIT)
     if z.whole:
@@ -252,30 +255,29 @@ def _load_compact(vol: Volume, inode: Inode, z: CompressionMap, lcn: int) -> Lcl
     if lcn >= z.total:
         raise CorruptImage(f"lcluster {lcn} of {z.total}", nid=inode.nid)
     at, count, i = _pack_of(z, lcn)
-    size, width = (32, 14) if count == 16 else (8, 16)
-    known, bits = z.pack
+    size, width, every = _PACKS[count]
+    low_bits = max(z.lcluster_bits, 12)
+    low_mask = (1 << low_bits) - 1
+    known, bits, heads = z.pack
     if known != at:
         buffer, pos = vol.memory.at(inode.device, at, size)
         bits = int.from_bytes(buffer[pos : pos + size], "little")
-        z.pack = (at, bits)
-    low_bits = max(z.lcluster_bits, 12)
-    low_mask = (1 << low_bits) - 1
+        kinds = bits >> low_bits
+        heads = every & ~(kinds >> 1 & ~kinds)  # all kinds but 0b10, NONHEAD
+        z.pack = (at, bits, heads)
     value = bits >> width * i
     low, kind = value & low_mask, value >> low_bits & 3
     big = z.advise & ADVISE_BIG_PCLUSTER_1
 
     if kind == LCLUSTER_NONHEAD:
-        ahead = 0  # to the next head in this pack, or as its last entry tells
-        for j in range(i, count):
-            value = bits >> width * j
-            if value >> low_bits & 3 != LCLUSTER_NONHEAD:
-                break
-            ahead += 1
-        else:
-            last = value & low_mask
+        following = heads >> width * i
+        if following:  # the lowest bit is the next head's
+            ahead = ((following & -following).bit_length() - 1) // width
+        else:  # the last entry tells how far it is from there
+            last = bits >> width * (count - 1) & low_mask
+            ahead = count - i
             if not last & LI_D0_CBLKCNT:
-                ahead += last - 1
-        ahead = max(ahead, 1)
+                ahead = max(ahead + last - 1, 1)
         if low & LI_D0_CBLKCNT:
             if not big:
                 raise CorruptImage(f"block count in lcluster {lcn}", nid=inode.nid)
