@@ -24,7 +24,6 @@ from pyerofs.extent import extents
 from pyerofs.image import Target
 from pyerofs.memory import (
     DEFAULT_CACHE_SIZE,
-    INLINE_NS,
     Fault,
     FaultingMemory,
     NotDecoded,
@@ -34,7 +33,7 @@ from pyerofs.memory import (
     decode_ns,
 )
 from pyerofs.model import ENCODED, FRAGMENT, PLAIN, Dirent, Extent, Inode
-from pyerofs.sources.base import AsyncSource, Buffer, Source
+from pyerofs.sources.base import QUICK_NS, AsyncSource, Buffer, Source
 from pyerofs.sources.open import Openable, named, open_one
 from pyerofs.sources.spec import Access
 from pyerofs.tree import PathLike, Stat
@@ -184,7 +183,7 @@ class AsyncImage:
 
     async def _fetch(self, device: int, offset: int, length: int) -> Buffer:
         source = self._sources[device]
-        if source.blocking is not None and source.quick and self.memory.spare() > INLINE_NS:
+        if source.blocking is not None and source.quick and self.memory.may_take(QUICK_NS):
             return source.blocking.read_at(offset, length)
         return await self._once(
             (device, offset, length), lambda: source.read_at(offset, length), lambda _: True
@@ -209,7 +208,7 @@ class AsyncImage:
             source = self._sources[e.device]
             if e.window:
                 encoded = await self.call(memory.encoded, pcluster)
-            elif source.blocking is None or (source.quick and memory.spare() > INLINE_NS):
+            elif source.blocking is None or (source.quick and memory.may_take(QUICK_NS)):
                 encoded = await self._fetch(e.device, e.offset, e.length)
             else:  # one trip to a thread for both
                 try:

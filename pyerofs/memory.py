@@ -297,8 +297,8 @@ class FaultingMemory(Memory):
     """Answers from memory, decodes what is cheap, raises Faults for the rest.
 
     For one event loop's thread.  ``pins`` holds, for the duration of one parser call, what was
-    fetched for it, so that the call makes progress however small the caches are.  ``spare`` tells
-    how many nanoseconds of work on the event loop hurt nobody, as things are."""
+    fetched for it, so that the call makes progress however small the caches are.  ``may_take``
+    tells whether so many nanoseconds of work on the event loop hurt nobody, as things are."""
 
     def __init__(
         self, peeks: Sequence[Peek], sizes: Sequence[int], names: Sequence[str], cache_size: int
@@ -306,7 +306,7 @@ class FaultingMemory(Memory):
         super().__init__(sizes, names, cache_size)
         self._peeks = tuple(peeks)
         self.pins: dict[object, Buffer] = {}
-        self.spare: Callable[[], float] = lambda: INLINE_NS
+        self.may_take: Callable[[float], bool] = lambda ns: ns < INLINE_NS
         self.under_way: Container[object] = ()  # keys of pclusters that somebody is decoding
 
     def _load(self, device: int, offset: int, length: int, window: bool) -> Buffer:
@@ -320,7 +320,7 @@ class FaultingMemory(Memory):
     def decodes_here(self, pcluster: Pcluster) -> bool:
         """Whether a pcluster is decoded on the event loop, as things are."""
         ns = decode_ns(pcluster)
-        return ns < INLINE_NS or ns < self.spare()
+        return ns < INLINE_NS or self.may_take(ns)
 
     def _decode(self, pcluster: Pcluster) -> Buffer:
         if (pinned := self.pins.get(pcluster)) is not None:

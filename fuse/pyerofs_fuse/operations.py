@@ -25,7 +25,7 @@ from pyerofs import directory, tree, xattr
 from pyerofs import inode as inodes
 from pyerofs.aio import AsyncFile, AsyncImage
 from pyerofs.errors import CorruptImage, ErofsError
-from pyerofs.memory import INLINE_NS, Fault
+from pyerofs.memory import Fault
 from pyerofs.model import Inode
 from pyerofs.ondisk import NAME_LEN
 from pyerofs.sources.base import Buffer
@@ -128,7 +128,7 @@ class Operations(pyfuse3.Operations):
         self._volume = image.volume
         self._root_nid = image.volume.sb.root_nid
         self._attr.st_blksize = image.volume.sb.block_size
-        image.memory.spare = self._spare
+        image.memory.may_take = self._may_take
         if self._turns.shared:
             image.ahead = 0  # what comes next may be asked of another process
 
@@ -149,13 +149,17 @@ class Operations(pyfuse3.Operations):
         """How many operations wait for a thread or the network (or are about to)."""
         return len(self._waiting)
 
-    def _spare(self) -> float:
-        """How many nanoseconds this process may be busy without keeping anybody waiting."""
+    def _may_take(self, ns: float) -> bool:
+        """Whether this process may be busy for so long, because nobody is kept waiting or another
+        process gets what comes meanwhile."""
         if len(self._waiting) > 1:
-            return INLINE_NS
-        if not self._turns.mine:
-            return HANDED_OVER_NS
-        return ALONE_NS if self._turns.idle() else INLINE_NS
+            return False
+        turns = self._turns
+        if turns.mine:
+            if ns < ALONE_NS and turns.idle():
+                return True
+            turns.pass_on()
+        return not turns.mine and ns < HANDED_OVER_NS
 
     def report(self, e: ErofsError) -> None:
         """Log an error, but only the first one about an inode."""

@@ -7,10 +7,9 @@ from typing import Any
 
 import trio
 
-from pyerofs.sources.base import Buffer, Source
+from pyerofs.sources.base import QUICK_NS, Buffer, Source
 
 MAX_THREADS = 16  # disks like a queue; more would only cost memory
-QUICK = 300e-6  # seconds: an SSD's answer; going through a thread costs a third of that
 
 
 class ThreadedSource:
@@ -33,7 +32,7 @@ class ThreadedSource:
 
     @property
     def quick(self) -> bool:
-        return self._timed.latency < QUICK
+        return self._timed.latency < QUICK_NS
 
     def will_need(self, offset: int, length: int) -> None:
         if self._hint is not None:
@@ -66,13 +65,13 @@ class _Timed:
         self.peek = source.peek
         self.close = source.close
         self.backing = source.backing
-        self.latency = 10 * QUICK  # a moving average; slow until proven otherwise
+        self.latency = 10.0 * QUICK_NS  # a moving average; slow until proven otherwise
         self._source = source
 
     def read_at(self, offset: int, length: int) -> Buffer:
-        start = time.perf_counter()
+        start = time.perf_counter_ns()
         found = self._source.read_at(offset, length)
-        taken = time.perf_counter() - start
+        taken = time.perf_counter_ns() - start
         if taken > self.latency:
             self.latency = taken  # one slow answer is enough to be careful again
         else:

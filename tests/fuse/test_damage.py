@@ -14,7 +14,7 @@ import pytest
 
 import pyerofs
 from pyerofs.model import ENCODED
-from tests.fuse.mounting import foreground, is_mounted, mounted
+from tests.fuse.mounting import PATIENCE, foreground, is_mounted, mounted
 from tests.manifests import IMAGES, differences, entry_at, golden, without_trusted
 
 PAGE = 4096
@@ -194,7 +194,7 @@ def test_what_the_log_says(image: Path, where: Path) -> None:
         for _ in range(3):
             assert error_of(os.listdir, where / "many") in CORRUPT
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=10)
+        _, log = process.communicate(timeout=PATIENCE)
         assert not is_mounted(where)
     assert log.count("\n") == 1  # once is enough
     assert log.startswith("pyerofs-fuse: corrupt image: ")

@@ -32,7 +32,6 @@ from tests.manifests import IMAGES, differences, entries_below, entry_at, golden
 PLAIN = IMAGES / "plain.erofs"
 OFFSET = golden("offset")
 TAR = golden("tar-index")
-SOON = 4.0  # seconds: twice what a signal may take
 
 
 def shows_plain(where: Path) -> bool:
@@ -227,7 +226,7 @@ def test_fusermount_ends_the_daemon(where: Path) -> None:
 def test_a_signal_ends_the_daemon(number: signal.Signals, where: Path) -> None:
     with mounted(PLAIN, where):
         os.kill(captain(where), number)
-        assert wait_until(lambda: not daemons(where), SOON)
+        assert wait_until(lambda: not daemons(where))
         assert not is_mounted(where)
 
 
@@ -236,7 +235,7 @@ def test_a_signal_ends_it_in_the_foreground(number: signal.Signals, where: Path)
     with foreground(PLAIN, where=where) as process:
         assert shows_plain(where)
         process.send_signal(number)
-        assert process.communicate(timeout=SOON) == ("", "")
+        assert process.communicate(timeout=PATIENCE) == ("", "")
         assert process.returncode == 0
         assert not is_mounted(where)
 
@@ -264,7 +263,7 @@ def test_a_signal_ends_it_while_it_is_in_use(number: signal.Signals, where: Path
         with subprocess.Popen(["sleep", "60"], stdin=file, cwd=where / "many") as user:
             try:
                 process.send_signal(number)
-                assert process.wait(SOON) == 0
+                assert process.wait(PATIENCE) == 0
                 assert not is_mounted(where)
             finally:
                 user.kill()
@@ -278,7 +277,7 @@ def test_two_signals_do_no_harm(pause: float, where: Path) -> None:
         process.send_signal(signal.SIGTERM)
         time.sleep(pause)
         process.send_signal(signal.SIGTERM)
-        process.wait(SOON)
+        process.wait(PATIENCE)
         assert not is_mounted(where)
 
 
@@ -286,7 +285,7 @@ def test_two_signals_do_no_harm(pause: float, where: Path) -> None:
 def test_a_signal_that_comes_early(number: signal.Signals, where: Path) -> None:
     with foreground(PLAIN, where=where) as process:  # mounted, but perhaps not serving yet
         process.send_signal(number)
-        process.wait(SOON)
+        process.wait(PATIENCE)
         assert not is_mounted(where)
 
 

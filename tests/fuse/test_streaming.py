@@ -20,11 +20,18 @@ import pytest
 import pyerofs
 from pyerofs import ondisk
 from tests import handmade as hm
-from tests.fuse.mounting import daemons, foreground, is_mounted, mounted, unmount, wait_until
+from tests.fuse.mounting import (
+    PATIENCE,
+    daemons,
+    foreground,
+    is_mounted,
+    mounted,
+    unmount,
+    wait_until,
+)
 
 SIZE = 4 << 20
 PIECE = 100_000  # bytes that a pcluster holds: no multiple of a page
-SOON = 4.0  # seconds: twice what a signal may take
 
 
 class Large(NamedTuple):
@@ -185,7 +192,7 @@ def test_a_signal_ends_it_while_it_is_busy(
     with foreground(large.image, where=where) as process:
         with Readers(where, large) as readers:
             process.send_signal(number)
-            assert process.wait(SOON) == 0
+            assert process.wait(PATIENCE) == 0
             assert not is_mounted(where)
         assert readers.wrong == []
         assert readers.errors <= {errno.EIO, errno.ENOTCONN, errno.ECONNABORTED}

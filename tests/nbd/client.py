@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pyerofs_nbd import protocol as p
 
-PATIENCE = 10.0  # seconds for what should take none, on a busy machine
+PATIENCE = 30.0  # seconds for what should take none; a virtual machine may stand still for some
 
 
 def option(number: int, data: bytes = b"") -> bytes:
