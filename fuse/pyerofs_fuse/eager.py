@@ -17,9 +17,9 @@ from typing import Any
 import pyfuse3
 import trio
 
-from pyerofs_fuse.turns import Turns, readable
+from pyerofs_fuse.turns import Turns, readable, readable_soon
 
-MOMENT = 30e-6  # seconds: about what a client needs to send its next request
+MOMENT = 60e-6  # seconds: more than a busy client needs to send its next request
 IN_A_ROW = 64  # requests until other tasks get a turn
 
 
@@ -47,7 +47,7 @@ class _Lowlevel:
                 while not turns.take():
                     self._row = 0
                     await trio.lowlevel.wait_readable(turns.fd)
-            if self._row < IN_A_ROW and readable(fd, moment):
+            if self._row < IN_A_ROW and readable_soon(fd, moment):
                 return
             self._row = 0
             await trio.lowlevel.wait_readable(fd)
@@ -61,8 +61,29 @@ class _Lowlevel:
             trio.lowlevel.notify_closing(self._turns.fd)
 
 
+class _Lock:
+    """trio.Lock, but who gives it back may take it again at once: no checkpoint, and no task switch
+    for each request while one task can answer them all.  Whoever waited gets it when that yields."""
+
+    def __init__(self) -> None:
+        self._taken = False
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    async def __aenter__(self) -> None:
+        while self._taken:
+            await self._waiting.park()
+        self._taken = True
+
+    async def __aexit__(self, *_: object) -> None:
+        self._taken = False
+        if self._waiting:
+            self._waiting.unpark()
+
+
 class _Trio:
-    """trio with another ``lowlevel``."""
+    """trio with another ``lowlevel``, and another ``Lock``, of which pyfuse3 needs one."""
+
+    Lock = _Lock
 
     def __init__(self, lowlevel: _Lowlevel) -> None:
         self.lowlevel = lowlevel

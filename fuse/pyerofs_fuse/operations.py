@@ -44,8 +44,6 @@ STORING = 50e-6  # seconds: about what that takes
 LONG_READ = 256 << 10  # bytes from which on answering takes so long that others should go on
 MAX_FILES = 1024  # that were opened lately
 MAX_RECORDED = 1 << 20  # files that are remembered as opened
-ALONE_NS = 400_000  # that the event loop may be busy while nobody wants it,
-HANDED_OVER_NS = 100_000_000  # and while it is another process' turn
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -150,16 +148,8 @@ class Operations(pyfuse3.Operations):
         return len(self._waiting)
 
     def _may_take(self, ns: float) -> bool:
-        """Whether this process may be busy for so long, because nobody is kept waiting or another
-        process gets what comes meanwhile."""
-        if len(self._waiting) > 1:
-            return False
-        turns = self._turns
-        if turns.mine:
-            if ns < ALONE_NS and turns.idle():
-                return True
-            turns.pass_on()
-        return not turns.mine and ns < HANDED_OVER_NS
+        """Whether the event loop may be held for so long."""
+        return len(self._waiting) <= 1 and self._turns.may_be_busy(ns)
 
     def report(self, e: ErofsError) -> None:
         """Log an error, but only the first one about an inode."""
@@ -326,7 +316,6 @@ class Operations(pyfuse3.Operations):
 
     @answers(metadata=True)
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        self._turns.share()
         listing = await self._listing(fh)
         reply = pyfuse3.readdir_reply
         rows = listing.rows
@@ -381,7 +370,6 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         self._handles.opened(inode)
         try:
-            self._turns.share()
             file = await self._file(inode)
             if self._record and len(self.opened) < MAX_RECORDED:
                 self.opened[file.inode.nid] = None
@@ -433,8 +421,6 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]
         if size >= LONG_READ:
             self._turns.pass_on()
-        else:
-            self._turns.share()
         file = self._files.get(fh) or await self._file(fh)
         try:
             found = file.read_now(off, size)

@@ -672,7 +672,7 @@ def test_a_client_that_is_killed_stalls_nobody(
 
     def goes_on() -> bool:
         before = steps[0]
-        return wait_until(lambda: steps[0] > before + 1, 2)
+        return wait_until(lambda: steps[0] > before + 1)
 
     def look_for(turn: int) -> None:
         for i in range(1 << 30):
@@ -777,7 +777,7 @@ def test_the_turn_is_passed_on_while_we_wait(eager_trio: tuple[Any, Turns, Turns
             nursery.start_soon(wait)
             await trio.sleep(0.05)
             os.write(writer, b"request")
-            turns.share()  # as another request's task does
+            turns.pass_on()  # as another request's task does
             assert other.take()
             await trio.sleep(0.1)
             nursery.cancel_scope.cancel()
@@ -786,6 +786,46 @@ def test_the_turn_is_passed_on_while_we_wait(eager_trio: tuple[Any, Turns, Turns
     assert not trio.run(receive)
     os.close(reader)
     os.close(writer)
+
+
+def test_who_received_may_receive_again_at_once(eager_trio: tuple[Any, Turns, Turns]) -> None:
+    """No other task comes in between, unless it waits for something else; then another one receives."""
+    lock = eager_trio[0].Lock()
+    log: list[str] = []
+
+    async def receive(name: str) -> None:
+        for _ in range(3):
+            async with lock:
+                log.append(name)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            async with lock:
+                nursery.start_soon(receive, "b")
+                await trio.sleep(0.01)
+                assert log == []
+            await receive("a")
+            assert log == ["a"] * 3
+        assert log == ["a"] * 3 + ["b"] * 3
+
+    trio.run(main)
+
+
+def test_who_waits_to_receive_may_give_up(eager_trio: tuple[Any, Turns, Turns]) -> None:
+    lock = eager_trio[0].Lock()
+
+    async def main() -> None:
+        async with lock:
+            for _ in range(3):
+                with trio.move_on_after(0.01) as scope:
+                    async with lock:
+                        raise AssertionError("two have it")
+                assert scope.cancelled_caught
+        with trio.fail_after(PATIENCE):
+            async with lock:
+                pass
+
+    trio.run(main)
 
 
 # --- they share the work --------------------------------------------------------------------

@@ -21,9 +21,10 @@ if not hasattr(os, "eventfd"):
     pytest.skip("no eventfd", allow_module_level=True)
 
 from pyerofs_fuse.handles import SLOTS, Handles
-from pyerofs_fuse.turns import SELECT_LIMIT, Turns
+from pyerofs_fuse.turns import ALONE_NS, HANDED_OVER_NS, SELECT_LIMIT, Turns
 
 PATIENCE = 30.0  # seconds
+SHORT, LONG = ALONE_NS / 2, ALONE_NS * 2
 WORKERS = 4
 
 
@@ -59,13 +60,15 @@ def test_alone_it_always_is_ours(queue: tuple[int, int]) -> None:
     turns = Turns(1)
     assert not turns.shared
     assert turns.mine
-    for change in (turns.pass_on, turns.hold, turns.share):
+    turns.queue, writer = queue
+    for change in (turns.pass_on, turns.hold):
         change()
         assert turns.mine
         assert turns.take()
-    turns.queue, writer = queue
+    assert turns.may_be_busy(SHORT)
+    assert not turns.may_be_busy(LONG)
     os.write(writer, b"request")
-    turns.share()
+    assert not turns.may_be_busy(SHORT)
     assert turns.mine
     assert turns.take()
 
@@ -108,7 +111,7 @@ def test_only_who_has_it_passes_it_on(crew: list[Turns]) -> None:
     """Or there would be two."""
     first, second, third = crew
     second.pass_on()
-    third.share()
+    assert third.may_be_busy(LONG)
     assert not is_free(first)
     first.pass_on()
     first.pass_on()
@@ -122,7 +125,7 @@ def test_while_it_is_held_nobody_has_it(crew: list[Turns]) -> None:
     assert not is_free(crew[0])
     for turns in crew:
         turns.pass_on()
-        turns.share()
+        assert turns.may_be_busy(SHORT)
     assert not any(turns.take() for turns in crew)
     crew[1].mine = True  # the one who starts it
     assert [turns.take() for turns in crew] == [False, True, False]
@@ -130,32 +133,35 @@ def test_while_it_is_held_nobody_has_it(crew: list[Turns]) -> None:
     assert [turns.take() for turns in crew] == [True, False, False]
 
 
-def test_it_is_shared_while_something_waits(crew: list[Turns], queue: tuple[int, int]) -> None:
+def test_work_passes_it_on_while_something_waits(crew: list[Turns], queue: tuple[int, int]) -> None:
     first, second, _ = crew
     reader, writer = queue
     for turns in crew:
         turns.queue = reader
     assert first.idle()
-    first.share()
+    assert first.may_be_busy(SHORT)
     assert not is_free(second)
 
     os.write(writer, b"request")
     assert not first.idle()
-    second.share()  # not its turn
+    assert second.may_be_busy(SHORT)  # not its turn
     assert not is_free(second)
-    first.share()
+    assert first.may_be_busy(SHORT)
     assert is_free(second)
     assert [turns.take() for turns in (second, first)] == [True, False]
 
     os.read(reader, 100)
-    second.share()
+    assert second.may_be_busy(SHORT)
     assert not is_free(first)
     assert second.mine
+    assert second.may_be_busy(LONG)
+    assert is_free(first)
+    assert not first.may_be_busy(HANDED_OVER_NS)
 
 
-def test_it_is_shared_before_the_queue_is_known(crew: list[Turns]) -> None:
+def test_work_passes_it_on_before_the_queue_is_known(crew: list[Turns]) -> None:
     assert not crew[0].idle()
-    crew[0].share()
+    assert crew[0].may_be_busy(SHORT)
     assert [turns.take() for turns in crew[1:]] == [True, False]
 
 
@@ -167,7 +173,7 @@ def test_a_queue_that_select_can_not_look_at(crew: list[Turns], queue: tuple[int
     try:
         crew[0].queue = high
         assert not crew[0].idle()
-        crew[0].share()
+        assert crew[0].may_be_busy(SHORT)
         assert not crew[0].mine
     finally:
         os.close(high)
@@ -272,7 +278,7 @@ def test_a_queue_of_requests_is_worked_off(queue: tuple[int, int]) -> None:
                     turns.pass_on()
                     return
                 received[i] += 1
-                turns.share()
+                turns.may_be_busy(SHORT)
 
     os.write(writer, b"\1" * 2000 + b"\0")
     run_forked(work)
