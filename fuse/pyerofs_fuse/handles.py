@@ -21,10 +21,10 @@ class Handles:
 
     def __init__(self, processes: int = 1) -> None:
         """Made before the fork."""
+        self.processes = processes
         self._counts = memoryview(mmap.mmap(-1, 4 * SLOTS)).cast("I")
-        self._storing = memoryview(mmap.mmap(-1, 4 * processes)).cast(
-            "I"
-        )  # slot + 1 of each process
+        # slot + 1 of each process
+        self._storing = memoryview(mmap.mmap(-1, 4 * processes)).cast("I")
         self._reported = mmap.mmap(-1, SLOTS + 1)
         self.me = 0  # which process this is
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import OrderedDict
 from operator import itemgetter
 
 from pyfuse3 import EntryAttributes
 
 from pyerofs.model import Inode
+from pyerofs_fuse.handles import Handles
 
-MAX_ROWS = 1 << 16  # directory entries kept ready to be sent, of all directories: about 25 MB
+MAX_ROWS = 80_000  # directory entries kept ready to be sent, by all processes: about 30 MB
 MAX_DIRECTORY_ROWS = 1 << 13  # and of one; larger directories are prepared as they are read
 MAX_LISTINGS = 1 << 14
 
@@ -54,11 +56,12 @@ class Listing:
 class Listings:
     """The directories that were listed lately, the least recently read dropped first."""
 
-    def __init__(self, processes: int) -> None:
-        """``processes``: how many share the memory that these may take."""
+    def __init__(self, handles: Handles) -> None:
+        """Made before the fork."""
         self._listings: OrderedDict[int, Listing] = OrderedDict()
-        self._rows = 0
-        self._max_rows = MAX_ROWS // processes
+        self._handles = handles
+        # how many rows each process has: whoever is asked for listings may have more than his part
+        self._rows = memoryview(mmap.mmap(-1, 8 * handles.processes)).cast("Q")
 
     def get(self, node: int) -> Listing | None:
         found = self._listings.get(node)
@@ -68,10 +71,16 @@ class Listings:
 
     def put(self, node: int, listing: Listing) -> None:
         """Keep a listing, or what it has become."""
+        rows, me, processes = self._rows, self._handles.me, self._handles.processes
+        old = self._listings.get(node)
+        if old is not None and old is not listing:  # two made it at the same time
+            rows[me] -= old.counted
+            old.counted = 0
         self._listings[node] = listing
-        self._rows += len(listing.rows) - listing.counted
+        rows[me] += len(listing.rows) - listing.counted
         listing.counted = len(listing.rows)
-        while self._rows > self._max_rows or len(self._listings) > MAX_LISTINGS:
+        limit = max(MAX_ROWS - sum(rows) + rows[me], MAX_ROWS // (2 * processes))
+        while rows[me] > limit or len(self._listings) > MAX_LISTINGS:
             _, gone = self._listings.popitem(last=False)
-            self._rows -= gone.counted
+            rows[me] -= gone.counted
             gone.counted = 0

@@ -116,7 +116,7 @@ class Operations(pyfuse3.Operations):
         self._attr.entry_timeout = FOREVER
         self._files: dict[int, AsyncFile] = {}
         self._stored: dict[int, None] = {}  # nodes whose data the kernel was given lately
-        self._listings = Listings(turns.processes)
+        self._listings = Listings(handles)
         self._directories: dict[int, Inode] = {}
         self._waiting: set[trio.CancelScope] = set()
 
