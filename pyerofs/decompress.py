@@ -40,6 +40,8 @@ class DecodeError(Exception):
 def unpadded(data: Buffer) -> memoryview:
     """The stream without the zeros that align it to its block's end."""
     view = memoryview(data)
+    if view and view[0]:
+        return view
     for size in (PADDING, len(view)):  # there is less than a block of them, unless it is corrupt
         head = bytes(view[:size])
         zeros = len(head) - len(head.lstrip(b"\0"))
