@@ -227,7 +227,8 @@ class Extractor:
                 batch.append((name, inode.nid))
         if batch:
             self._workers.submit((here, batch))
-            self._progress.advance(len(batch))
+            with self._lock:
+                self._progress.advance(len(batch))
 
     def _batch(self, batch: Batch) -> None:
         """What workers do."""
