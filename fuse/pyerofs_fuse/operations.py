@@ -26,7 +26,7 @@ from pyerofs import inode as inodes
 from pyerofs.aio import AsyncFile, AsyncImage
 from pyerofs.errors import CorruptImage, ErofsError
 from pyerofs.memory import Fault
-from pyerofs.model import Inode
+from pyerofs.model import Dirent, Inode
 from pyerofs.ondisk import NAME_LEN
 from pyerofs.sources.base import Buffer
 from pyerofs_fuse.handles import Handles
@@ -54,6 +54,7 @@ P = ParamSpec("P")
 _NODE_OF = {0: 2**64 - 2, 1: 2**64 - 1}
 _NUMBER_OF = {node: number for number, node in _NODE_OF.items()}
 
+_DOTS = (b".", b"..")
 _MODE_OF_TYPE = {
     1: stat.S_IFREG, 2: stat.S_IFDIR, 3: stat.S_IFCHR, 4: stat.S_IFBLK,
     5: stat.S_IFIFO, 6: stat.S_IFSOCK, 7: stat.S_IFLNK,
@@ -215,16 +216,20 @@ class Operations(pyfuse3.Operations):
         attr.attr_timeout = 0.0 if node <= 1 or node in _NUMBER_OF else FOREVER
         return self._fill(attr, inode, node)
 
-    def _row(self, name: bytes, inode: Inode, cookie: int) -> Row:
+    def _row(self, entry: Dirent, inode: Inode) -> Row:
         """For readdir, to be kept."""
         attr = EntryAttributes()
         attr.st_blksize = self._volume.sb.block_size
         attr.entry_timeout = FOREVER
-        if name in (b".", b".."):  # these two are for show; no node comes of them
-            self._fill(attr, inode, tree.inode_number(self._volume, inode.nid))
-        else:
-            self._as_entry(attr, inode)
-        return name, attr, cookie
+        return entry.name, self._as_entry(attr, inode), entry.cookie
+
+    def _bare_row(self, entry: Dirent, number: int) -> Row:
+        """The same without attributes."""
+        attr = EntryAttributes()
+        attr.st_ino = number
+        attr.st_mode = _MODE_OF_TYPE.get(entry.file_type, stat.S_IFREG)
+        attr.entry_timeout = attr.attr_timeout = 0.0
+        return entry.name, attr, entry.cookie
 
     def _fill(self, attr: EntryAttributes, inode: Inode, number: int) -> EntryAttributes:
         attr.st_ino = number
@@ -344,20 +349,24 @@ class Operations(pyfuse3.Operations):
         if cookie >= end:  # where "." is not stored, it comes last, as from the kernel
             if cookie > end or not parent.dot_omitted:
                 return []
-            return [self._row(b".", parent, end + 1)]
+            return [
+                self._bare_row(
+                    Dirent(b".", parent.nid, 2, end + 1), tree.inode_number(vol, parent.nid)
+                )
+            ]
         found: list[Row] = []
         block = directory.block_entries(vol, parent, index, -(-skip // 12))
         for entry in block[:ENTRIES_AT_ONCE]:
+            if (
+                entry.name in _DOTS
+            ):  # these two are for show: the kernel takes no attributes of them
+                found.append(self._bare_row(entry, tree.inode_number(vol, entry.nid)))
+                continue
             try:
-                inode = inodes.load(vol, entry.nid)
-                found.append(self._row(entry.name, inode, entry.cookie))
+                found.append(self._row(entry, inodes.load(vol, entry.nid)))
             except ErofsError as e:  # broken: its name is listed, looking at it gives the error
                 self.report(e)
-                attr = EntryAttributes()
-                attr.st_ino = self._node(entry.nid)
-                attr.entry_timeout = attr.attr_timeout = 0.0
-                attr.st_mode = _MODE_OF_TYPE.get(entry.file_type, stat.S_IFREG)
-                found.append((entry.name, attr, entry.cookie))
+                found.append(self._bare_row(entry, self._node(entry.nid)))
         return found
 
     @answers(metadata=True)
