@@ -330,6 +330,22 @@ class FaultingMemory(Memory):
         return self.decode(pcluster, self.encoded(pcluster))
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep what it frees, for those who decode much: to give a pcluster's memory back
+    and get it again costs a page fault for each page, which can take as long as decoding LZ4."""
+    import ctypes
+
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, 256 << 20)
+        libc.mallopt(M_MMAP_THRESHOLD, 64 << 20)
+    except (OSError, AttributeError):
+        pass  # another C library
+
+
 __all__ = [
     "DEFAULT_CACHE_SIZE",
     "METABOX",
@@ -344,4 +360,5 @@ __all__ = [
     "Pcluster",
     "cheap",
     "decode_ns",
+    "keep_freed_memory",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
@@ -12,10 +11,10 @@ from contextlib import contextmanager
 
 import pyfuse3
 
+from pyerofs.memory import keep_freed_memory
 from pyerofs_fuse.options import Options, fuse_words
 
 READ_AHEAD_KB = 2048
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 class MountError(Exception):
@@ -55,13 +54,7 @@ def _explain(text: str) -> str:
 def tune() -> None:
     """Fit the interpreter and the allocator to a daemon that hands out large buffers all the time."""
     sys.setswitchinterval(2e-4)  # a decoder that is done waits no longer than a request takes
-    try:
-        libc = ctypes.CDLL(None)
-        # keep freed buffers instead of giving them back, which costs a page fault for each page
-        libc.mallopt(M_TRIM_THRESHOLD, 256 << 20)
-        libc.mallopt(M_MMAP_THRESHOLD, 64 << 20)
-    except (OSError, AttributeError):
-        pass  # another C library
+    keep_freed_memory()
 
 
 def read_ahead(mountpoint: str) -> None:

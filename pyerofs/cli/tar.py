@@ -16,6 +16,7 @@ from pyerofs import data, tree, xattr
 from pyerofs.cli.common import open_image
 from pyerofs.errors import ErofsError
 from pyerofs.image import Image
+from pyerofs.memory import keep_freed_memory
 from pyerofs.model import Inode
 
 BLOCK = 512
@@ -27,6 +28,7 @@ MAX_OCTAL_11 = 0o77777777777
 
 def tar(args: argparse.Namespace) -> int:
     """Write the stream.  Sockets, which tar can't hold, are left out and counted on stderr."""
+    keep_freed_memory()
     with open_image(args) as image:
         if args.output is None:
             with open(os.dup(sys.stdout.fileno()), "wb", buffering=PIECE) as stdout:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, NoReturn, TypeVar
 
+from pyerofs.memory import keep_freed_memory
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -36,6 +38,7 @@ def hire(
     Processes, where they are worth their price and no other thread could be caught with a lock held:
     far images, whose sources have a thread, are left to threads.  ``finish`` is for processes, whose
     results are somewhere else; threads share all that ``work`` changes."""
+    keep_freed_memory()
     if inodes >= MANY and (os.cpu_count() or 1) > 1 and threading.active_count() == 1:
         return Workers(work, finish)
     return Threads(work)
