@@ -306,7 +306,7 @@ class FaultingMemory(Memory):
         super().__init__(sizes, names, cache_size)
         self._peeks = tuple(peeks)
         self.pins: dict[object, Buffer] = {}
-        self.may_take: Callable[[float], bool] = lambda ns: ns < INLINE_NS
+        self.may_take: Callable[[float], bool] = lambda ns: False
         self.under_way: Container[object] = ()  # keys of pclusters that somebody is decoding
 
     def _load(self, device: int, offset: int, length: int, window: bool) -> Buffer:

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar, TypeVarTuple
 
 from pyerofs import data, tree, xattr
@@ -141,21 +142,16 @@ class Extractor:
         *parents, name = names or [b""]
         base = b""
         for parent in parents:
-            self._make_in(base, parent)
+            with self._opened(base) as fd:
+                self._make(fd, parent)
             base += parent + b"/"
         if not inode.is_dir:
             self._submit(base, [(name, inode)])
             return
         if name:
-            self._make_in(base, name)
+            with self._opened(base) as fd:
+                self._make(fd, name)
         self._walk(base + name + b"/" if name else b"", inode)
-
-    def _make_in(self, base: bytes, name: bytes) -> None:
-        fd = self._open(base)
-        try:
-            self._make(fd, name)
-        finally:
-            os.close(fd)
 
     def _make(self, parent: int, name: bytes) -> bool:
         """Make a directory in another; one that exists will do, if it is no link to one."""
@@ -176,6 +172,15 @@ class Extractor:
                     os.close(fd)
                 fd = deeper
         return fd
+
+    @contextmanager
+    def _opened(self, path: bytes) -> Iterator[int]:
+        """The same for a ``with`` block."""
+        fd = self._open(path)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def _walk(self, top: bytes, inode: Inode) -> None:
         seen: set[int] = set()
@@ -325,11 +330,8 @@ class Extractor:
         os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
 
     def _finish_directory(self, path: bytes, inode: Inode) -> None:
-        fd = self._open(path)
-        try:
+        with self._opened(path) as fd:
             self._finish(fd, inode)
-        finally:
-            os.close(fd)
 
     def _own(self, inode: Inode, fd: int) -> bool:
         if self._owners:
@@ -357,8 +359,7 @@ class Extractor:
     def _link(self, path: bytes, inode: Inode) -> None:
         """A further name of a file; its first, if that could not be created where it came first."""
         base, _, name = path.rpartition(b"/")
-        parent = self._open(base)
-        try:
+        with self._opened(base) as parent:
             made = self._made.get(inode.nid)
             if made is None:
                 self._create(parent, path[: len(path) - len(name)], name, inode.nid)
@@ -366,15 +367,10 @@ class Extractor:
             if self._overwrite:
                 self._unlink(parent, name)
             first_base, _, first = made.rpartition(b"/")
-            first_parent = self._open(first_base)
-            try:
+            with self._opened(first_base) as first_parent:
                 os.link(
                     first, name, src_dir_fd=first_parent, dst_dir_fd=parent, follow_symlinks=False
                 )
-            finally:
-                os.close(first_parent)
-        finally:
-            os.close(parent)
 
     def _unlink(self, parent: int, name: bytes) -> None:
         try:
