@@ -12,10 +12,7 @@ import os
 import sys
 from typing import NoReturn, Protocol
 
-
-def one_line(message: str) -> str:
-    """A message fit for a terminal, on one line whatever names are in it."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+from pyerofs.errors import one_line
 
 
 class Report(Protocol):

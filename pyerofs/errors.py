@@ -18,7 +18,10 @@
                +-- RegistryError    a registry or an OCI layout lacks what was asked for
                +-- AuthenticationError   a server refuses us, or our credentials
 
-Every message is one line that says what, where and, if something can be done, what to do.
+Every message is one line that says what, where and, if something can be done, what to do.  Names and
+words in it may come from a hostile image or server; ``one_line`` makes them harmless to a terminal, and
+every ErofsError applies it to its message.
+
 This module imports nothing of the package.
 """
 
@@ -26,11 +29,27 @@ from __future__ import annotations
 
 import errno
 
+MAX_MESSAGE = 4000  # characters: more than any path and reason need, less than a screen
+
+
+def one_line(message: str) -> str:
+    """A message as one line of printable characters: control characters, line ends and lone surrogates
+    become escapes; the middle of what is longer than MAX_MESSAGE is left out."""
+    if len(message) > MAX_MESSAGE:
+        half = MAX_MESSAGE // 2
+        message = f"{message[:half]} [...] {message[-half:]}"
+    if message.isprintable():
+        return message
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+
 
 class ErofsError(Exception):
     """Base of all errors raised by pyerofs.  ``errno`` is what a file system call would answer."""
 
     errno: int | None = errno.EIO
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class CorruptImage(ErofsError):

@@ -16,7 +16,7 @@ from pyerofs import inode as inodes
 from pyerofs.errors import NotADirectory, NotFound, TooManySymlinks
 from pyerofs.memory import DEFAULT_CACHE_SIZE, BlockingMemory
 from pyerofs.model import Dirent, Extent, Inode
-from pyerofs.sources.base import Source
+from pyerofs.sources.base import Source, VerifiableSource
 from pyerofs.sources.open import Openable, open_sources
 from pyerofs.sources.spec import Access
 from pyerofs.tree import PathLike, Stat
@@ -117,6 +117,16 @@ class Image:
         """Close what the image is read from.  Idempotent."""
         for source in self._sources:
             source.close()
+
+    def verify(self, *, rest: bool = True) -> None:
+        """Check the digests of the blobs that the image is read from; those of registries and OCI
+        layouts have one, local files and URLs have not, and are passed over.
+
+        Blocks until all of them are fetched; without ``rest``, only those are checked that are there
+        already.  Raises IntegrityError where one is wrong: nothing that was read can be trusted."""
+        for source in self._sources:
+            if isinstance(source, VerifiableSource) and (rest or source.whole):
+                source.verify()
 
     def __enter__(self) -> Image:
         return self

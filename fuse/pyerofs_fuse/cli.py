@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from pyerofs.daemon import ask_password, hide_argument, one_line, open_standard_streams
-from pyerofs.errors import SourceError
+from pyerofs.daemon import ask_password, hide_argument, open_standard_streams
+from pyerofs.errors import SourceError, one_line
 from pyerofs.sources.spec import Access, SourceSpec
 from pyerofs_fuse.options import Options, UsageError, parse, usage
 

@@ -6,8 +6,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from pyerofs.daemon import ask_password, hide_argument, one_line, open_standard_streams
-from pyerofs.errors import ErofsError
+from pyerofs.daemon import ask_password, hide_argument, open_standard_streams
+from pyerofs.errors import ErofsError, one_line
 from pyerofs_nbd.device import NbdError, node
 from pyerofs_nbd.options import Options, UsageError, for_exports, parse, usage
 

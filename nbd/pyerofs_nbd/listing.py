@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from pyerofs.daemon import one_line
+from pyerofs.errors import one_line
 from pyerofs.units import format_size
 from pyerofs_nbd import control, device, recovery
 from pyerofs_nbd.device import NbdError

@@ -20,8 +20,8 @@ from typing import NoReturn
 
 import trio
 
-from pyerofs.daemon import one_line, start_logging
-from pyerofs.errors import ErofsError
+from pyerofs.daemon import start_logging
+from pyerofs.errors import ErofsError, one_line
 from pyerofs.sources.base import AsyncSource
 from pyerofs.sources.open import open_async, pinned_spec
 from pyerofs_nbd import control, device, flat, recovery

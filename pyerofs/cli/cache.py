@@ -6,14 +6,19 @@ import argparse
 import sys
 from datetime import UTC, datetime
 
-from pyerofs.cli.common import print_json
-from pyerofs.errors import SourceError
+from pyerofs.cli.common import complain, print_json
+from pyerofs.errors import SourceError, one_line
 from pyerofs.progress import Progress
 from pyerofs.sources.cachedir import Blob, CacheDir, default_directory
-from pyerofs.sources.store import BAD, COMPLETE, DiskStore
+from pyerofs.sources.store import BAD, COMPLETE
 from pyerofs.units import format_size
 
 _STATES = {COMPLETE: "complete", BAD: "bad"}
+
+
+def _state(blob: Blob) -> str:
+    """How far a blob is: in words, where it is not on its way."""
+    return "verified" if blob.verified else _STATES.get(blob.state, "partial")
 
 
 def cache(args: argparse.Namespace) -> int:
@@ -47,15 +52,19 @@ def _list(directory: CacheDir, args: argparse.Namespace) -> int:
         print_json(
             [
                 {"key": b.key, "name": b.name, "size": b.size, "stored": b.stored,
-                 "state": _STATES.get(b.state, "partial"), "used": b.used}
+                 "state": _STATES.get(b.state, "partial"), "verified": b.verified,
+                 "used": b.used}
                 for b in blobs
             ]
         )  # fmt: skip
         return 0
     for b in blobs:
         used = datetime.fromtimestamp(b.used, UTC).strftime("%Y-%m-%d %H:%M")
-        state = _STATES.get(b.state, f"{100 * min(b.stored / max(b.size, 1), 1):.0f} %")
-        print(f"{b.key[:19]:19} {format_size(b.stored):>10} {state:>8} {used}  {b.name}")
+        state = _state(b)
+        if state == "partial":
+            state = f"{100 * min(b.stored / max(b.size, 1), 1):.0f} %"
+        key, name = one_line(b.key[:19]), one_line(b.name)
+        print(f"{key:19} {format_size(b.stored):>10} {state:>8} {used}  {name}")
     print(
         f"{len(blobs)} blobs, {format_size(sum(b.stored for b in blobs))} in {directory.path}",
         file=sys.stderr,
@@ -68,8 +77,8 @@ def _remove(directory: CacheDir, args: argparse.Namespace) -> int:
         raise SourceError("cache rm: name blobs (see cache ls), or use --all")
     status = 0
     for b in _chosen(directory, args):
-        if not directory.remove(b.path):
-            print(f"pyerofs: {b.key}: in use", file=sys.stderr)
+        if not directory.remove(b):
+            complain(f"{b.key}: in use")
             status = 1
     if args.all:
         directory.forget_documents()
@@ -88,15 +97,24 @@ def _verify(directory: CacheDir, args: argparse.Namespace) -> int:
     progress = Progress("verifying", sum(b.size >> 20 for b in blobs))
     wrong = 0
     for b in blobs:
-        store = DiskStore(b.path, b.size, {})
+        try:
+            store = directory.open_blob(b)
+        except OSError as e:
+            complain(f"{b.key}: {e.strerror}")
+            store = None
+        if store is None:
+            wrong += 1
+            directory.remove(b)
+            complain(f"{b.key}: damaged, or never believed; removed")
+            continue
         try:
             for number in range(store.count):
-                if not store.missing(number, number) and store.segment(number) is None:
+                if store.has(number) and store.segment(number) is None:
                     wrong += 1
-                    print(f"pyerofs: {b.key}: segment {number} was spoiled", file=sys.stderr)
+                    complain(f"{b.key}: segment {number} was damaged")
                 progress.advance()
         finally:
             store.close()
     progress.close()
-    print(f"{len(blobs)} blobs verified, {wrong} spoiled segments dropped", file=sys.stderr)
+    print(f"{len(blobs)} blobs verified, {wrong} damaged segments dropped", file=sys.stderr)
     return 1 if wrong else 0

@@ -35,7 +35,7 @@ _FILE_TYPES = {0o100000: 1, 0o040000: 2, 0o020000: 3, 0o060000: 4, 0o010000: 5, 
 
 def check(args: argparse.Namespace) -> int:
     """Check the image; exit status 1 if there are problems."""
-    with open_image(args) as image:
+    with open_image(args, whole=True) as image:
         progress = Progress("checking", image.superblock.inodes, quiet=args.quiet or args.json)
         checker = Checker(image, progress)
         try:

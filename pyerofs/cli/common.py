@@ -5,26 +5,42 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from pyerofs import image
 from pyerofs.daemon import ask_password
+from pyerofs.errors import one_line
 from pyerofs.image import Image
 from pyerofs.progress import Download
 from pyerofs.sources.spec import SourceWords
 
 
-def open_image(args: argparse.Namespace) -> Image:
-    """Open what the arguments name.  May ask for a password."""
+@contextmanager
+def open_image(args: argparse.Namespace, *, whole: bool = False) -> Iterator[Image]:
+    """Open what the arguments name.  May ask for a password.
+
+    ``whole``: the command is about everything in it.  Then, or where all of it was read anyway, the
+    digests of what came from afar are checked at the end, so that no exit status of 0 stands for bytes
+    that are not what they are called.  Raises SourceError."""
     words: SourceWords = args.source or SourceWords()
     spec = words.spec_as_typed(args.image)
     waiting = Download()
     access = replace(words.access(ask_password), prefetch="none", progress=waiting.show)
     try:
-        return image.open(spec, cache_size=args.cache_size, access=access)
+        opened = image.open(spec, cache_size=args.cache_size, access=access)
     finally:
         waiting.close()
+    with opened:
+        yield opened
+        opened.verify(rest=whole)
+
+
+def complain(message: str) -> None:
+    """Say what went wrong, on one line of stderr."""
+    print(f"pyerofs: {one_line(message)}", file=sys.stderr)
 
 
 def printable(name: str) -> str:

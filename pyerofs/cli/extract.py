@@ -37,7 +37,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 def extract(args: argparse.Namespace) -> int:
     """Extract; exit status 1 if anything could not be created."""
-    with open_image(args) as image:
+    with open_image(args, whole=not args.paths) as image:
         progress = Progress("extracting", image.superblock.inodes, quiet=args.quiet)
         try:
             root = os.open(args.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -29,7 +29,7 @@ MAX_OCTAL_11 = 0o77777777777
 def tar(args: argparse.Namespace) -> int:
     """Write the stream.  Sockets, which tar can't hold, are left out and counted on stderr."""
     keep_freed_memory()
-    with open_image(args) as image:
+    with open_image(args, whole=not args.path.strip("/")) as image:
         if args.output is None:
             with open(os.dup(sys.stdout.fileno()), "wb", buffering=PIECE) as stdout:
                 return _write(image, args, stdout)
@@ -40,6 +40,7 @@ def tar(args: argparse.Namespace) -> int:
         try:
             with open(temporary, "wb", buffering=PIECE) as file:
                 status = _write(image, args, file)
+            image.verify(rest=not args.path.strip("/"))
             os.replace(temporary, args.output)
         except BaseException:
             if os.path.exists(temporary):

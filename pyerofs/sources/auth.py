@@ -7,24 +7,34 @@ distribution specification refers to.)
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Awaitable, Callable
 from functools import partial
-from urllib.parse import urlencode, urljoin
+from urllib.parse import urlencode
 
 import httpx
 import trio
 
 from pyerofs.errors import AuthenticationError, SourceError
 from pyerofs.sources.credentials import Credentials
-from pyerofs.sources.transport import Target, Transport, retrying
+from pyerofs.sources.transport import Target, Transport, joined, origin, retrying
+
+log = logging.getLogger("pyerofs")
 
 MAX_TOKEN = 1 << 20
 DEFAULT_LIFE = 60.0  # seconds a token lives when the server does not say
 MARGIN = 0.1  # of a token's life, before its end, when a new one is fetched
 TOKEN_TIMEOUT = 30.0
 
-_CHALLENGE = re.compile(r'([A-Za-z0-9_-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))')
+LONGEST_LIFE = 1e9
+
+_TOKEN = re.compile(r"[\x21-\x7e]{1,65536}")
+MAX_CHALLENGE = 16 << 10  # characters of a header that are looked at
+# a name starts where no longer one did: else a long word would be tried from each of its letters
+_CHALLENGE = re.compile(
+    r'(?<![A-Za-z0-9_-])([A-Za-z0-9_-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))'
+)
 
 
 class BasicAuthority:
@@ -105,15 +115,17 @@ class RegistryAuthority:
 
     async def _fetch_token(self, given: dict[str, str], url: str) -> tuple[str, float]:
         """Ask the challenge's own realm.  Raises AuthenticationError."""
-        realm = urljoin(url, given.get("realm", ""))
-        if not realm.startswith(("http://", "https://")):
-            raise AuthenticationError(f"{realm or url}: the registry names no place for tokens")
-        downgraded = url.startswith("https:") and not realm.startswith("https:")
-        if downgraded and self._credentials is not None and not self._transport.insecure:
-            raise AuthenticationError(
-                f"{realm}: the registry wants our password sent there in clear text; --insecure"
-                " would allow that"
-            )
+        realm = joined(url, given.get("realm", ""))
+        if realm is None:
+            raise AuthenticationError(f"{url}: the registry names no place for tokens")
+        if self._credentials is not None:
+            if not realm.startswith("https:") and not self._transport.insecure:
+                raise AuthenticationError(
+                    f"{realm}: the registry wants our password sent there in clear text; --insecure"
+                    " would allow that"
+                )
+            # Docker's clients send it to any host that a registry names, and registries rely on that
+            log.info("the credentials for %s go to %s", origin(url)[1], origin(realm)[1])
         query = {"scope": given.get("scope") or self._scope}
         if "service" in given:
             query["service"] = given["service"]
@@ -134,28 +146,35 @@ class RegistryAuthority:
             data, _ = await retrying(ask, shown, self._transport.traffic, TOKEN_TIMEOUT)
             found = json.loads(data)
             token = found.get("token") or found.get("access_token")
-            life = found.get("expires_in", DEFAULT_LIFE)
-        except (ValueError, AttributeError):
+            life = _life(found.get("expires_in"))
+        except (ValueError, AttributeError, RecursionError):
             raise AuthenticationError(f"{shown}: sends no token that makes sense") from None
         except AuthenticationError as e:
             refused = "us without credentials" if credentials is None else "our credentials"
             raise AuthenticationError(f"{shown}: refuses {refused} ({e})") from None
         except SourceError as e:
             raise type(e)(f"no token for the registry: {e}") from None
-        if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):
+        if not isinstance(token, str) or not _TOKEN.fullmatch(token):
             raise AuthenticationError(f"{shown}: sends no token")
-        if isinstance(life, bool) or not isinstance(life, (int, float)) or life <= 0:
-            life = DEFAULT_LIFE
-        return token, min(float(life), 1e9)
+        return token, life
+
+
+def _life(value: object) -> float:
+    """The seconds that a token lives, from whatever a server says."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        return DEFAULT_LIFE
+    return LONGEST_LIFE if value >= LONGEST_LIFE else float(value)
 
 
 def parse_challenge(headers: list[str]) -> tuple[str, dict[str, str]] | None:
     """(``bearer`` or ``basic``, parameters) of WWW-Authenticate headers; Bearer is preferred."""
     found: dict[str, dict[str, str]] = {}
-    for header in headers:
+    for header in (h[:MAX_CHALLENGE] for h in headers):
         # several challenges may share a header; a scheme is a word that no "=" follows
         for match in re.finditer(
-            r"(?:^|,)\s*(Bearer|Basic)\b((?:(?!,\s*(?:Bearer|Basic)\s).)*)", header, re.I
+            r"(?:^|,)\s*(Bearer|Basic)\b((?:(?!,\s*(?:Bearer|Basic)\s).)*)",
+            header,
+            re.I,
         ):
             parameters = {
                 name.lower(): re.sub(r"\\(.)", r"\1", quoted) if quoted or not bare else bare

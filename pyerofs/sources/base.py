@@ -12,7 +12,8 @@ This module imports only ``pyerofs.errors`` and names types.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from pyerofs.errors import TruncatedRead
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
+MAX_BLOB = 1 << 44  # bytes: what ext4 holds in a file; a larger claim is a mistake or an attack
 QUICK_NS = 300_000  # nanoseconds: an SSD's answer; going through a thread costs a third of that
 
 
@@ -96,6 +98,47 @@ class AsyncSource(Protocol):
 
     async def aclose(self) -> None:
         """Release what is held.  Idempotent."""
+
+
+@runtime_checkable
+class Verifiable(Protocol):
+    """A source whose bytes are claimed until a digest of all of them was checked."""
+
+    @property
+    def verified(self) -> bool:
+        """Whether what is read is known to be what the digest says."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it has been fetched."""
+
+    async def verify(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Fetch what is missing, and check the digest.  ``progress``: as in ``Access``.
+
+        Raises IntegrityError where it is wrong, SourceError where bytes can't be had."""
+
+
+@runtime_checkable
+class VerifiableSource(Protocol):
+    """The same for threads."""
+
+    @property
+    def verified(self) -> bool:
+        """Whether what is read is known to be what the digest says."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it has been fetched."""
+
+    def verify(self) -> None:
+        """Fetch what is missing, and check the digest.  Blocks; raises SourceError."""
+
+
+def verifiable(source: AsyncSource) -> Verifiable | None:
+    """What of a source, below what only shows a part of it, can check a digest."""
+    while (inner := getattr(source, "inner", None)) is not None:
+        source = inner
+    return source if isinstance(source, Verifiable) else None
 
 
 def within(size: int, offset: int, length: int) -> bool:

@@ -10,7 +10,7 @@ from typing import TypeVar, TypeVarTuple
 import trio
 
 from pyerofs.errors import SourceError
-from pyerofs.sources.base import AsyncSource, Buffer
+from pyerofs.sources.base import AsyncSource, Buffer, Verifiable, verifiable
 from pyerofs.sources.open import open_async
 from pyerofs.sources.spec import Access, SourceSpec
 
@@ -106,7 +106,8 @@ class Session:
 
 
 class BlockingSource:
-    """A Source over an AsyncSource that lives in the portal."""
+    """A Source over an AsyncSource that lives in the portal.  Also a VerifiableSource: where there is
+    nothing to verify it by, it is never whole, and ``verify`` does nothing."""
 
     def __init__(self, inner: AsyncSource, session: Session) -> None:
         self.name = inner.name
@@ -129,6 +130,22 @@ class BlockingSource:
         if found is not None:
             return found
         return session.portal.run(self._inner.read_at, offset, length)
+
+    @property
+    def _digested(self) -> Verifiable | None:
+        return verifiable(self._inner)
+
+    @property
+    def verified(self) -> bool:
+        return self._digested is not None and self._digested.verified
+
+    @property
+    def whole(self) -> bool:
+        return self._digested is not None and self._digested.whole
+
+    def verify(self) -> None:
+        if self._digested is not None and self._session is not None:
+            self._session.portal.run(self._digested.verify)
 
     def close(self) -> None:
         session, self._session = self._session, None

@@ -3,6 +3,9 @@
 Readers ask for bytes; what is missing becomes *flights*, one for each segment, that any number of
 readers wait for.  Neighbouring segments share a request.  Requests run in the background, so a reader
 that gives up leaves the flight to the others.
+
+What comes is claimed, not verified (``store.py``).  Once everything is on disk the digest is checked in
+the background; ``verify`` fetches what is missing and waits for that.
 """
 
 from __future__ import annotations
@@ -18,20 +21,11 @@ import trio
 
 from pyerofs.errors import IntegrityError, SourceError
 from pyerofs.sources.base import Buffer, Source, check_range, within
+from pyerofs.sources.blobstore import BlobStore
 from pyerofs.sources.spec import SourceSpec
-from pyerofs.sources.store import (
-    BAD,
-    COMPLETE,
-    FILLING,
-    SEGMENT,
-    SEGMENT_BITS,
-    DiskStore,
-    MemoryStore,
-    Store,
-    segments_of,
-)
+from pyerofs.sources.store import SEGMENT, SEGMENT_BITS, segments_of
 from pyerofs.sources.threaded import ThreadedSource
-from pyerofs.sources.transport import Traffic
+from pyerofs.sources.transport import Pace, Traffic
 
 log = logging.getLogger("pyerofs")
 
@@ -42,11 +36,11 @@ BACKGROUND = 2  # workers that fetch what nobody waits for yet
 BACKGROUND_RANGE = 4  # segments of their requests: what a reader may have to share the line with
 HINTS = 256  # ranges that are remembered as needed soon
 WRITES = 8  # segments on their way to the disk
-GROWTH = 64  # segments after which the cache's limit is looked at again
 PATIENCE = 15.0  # seconds that another process may take for a segment before we fetch it ourselves
 REREADS = 3  # of a segment that is not what was stored
 NEAR = 16 << 10  # bytes that a sequential reader may leave out
 NEVER = 1 << 63
+FREEZING = 200  # attempts, 50 ms apart, to keep others from writing during a whole pass
 
 
 class Remote(Protocol):
@@ -60,9 +54,7 @@ class Remote(Protocol):
     def traffic(self) -> Traffic:
         """What went over the network."""
 
-    def stream(
-        self, start: int, end: int, deadline: float
-    ) -> AsyncGenerator[tuple[int, bytes], None]:
+    def stream(self, start: int, end: int, pace: Pace) -> AsyncGenerator[tuple[int, bytes], None]:
         """See ``HttpBlob.stream``."""
 
     async def aclose(self) -> None:
@@ -82,38 +74,30 @@ class Flight:
 
 
 class CachedSource:
-    """An AsyncSource over a Remote and the Store for it; owns both.
-
-    ``digest``: what all bytes together must be; verified once, when everything is there."""
+    """An AsyncSource over a Remote and the store for it; owns both."""
 
     def __init__(
         self,
         remote: Remote,
-        store: Store,
+        store: BlobStore,
         nursery: trio.Nursery,
         *,
         timeout: float,
         rate: int | None = None,
-        digest: str | None = None,
         pinned: SourceSpec | None = None,
-        on_growth: Callable[[], object] = lambda: None,
     ) -> None:
-        """``rate`` bounds what is fetched in the background, in bytes a second.  ``on_growth`` is
-        called, in a thread, when a good deal was stored: time to evict."""
+        """``timeout`` bounds each read, in seconds; ``rate`` what is fetched in the background, in
+        bytes a second."""
         self.name = remote.name
         self.size = remote.size
         self._remote = remote
         self._store = store
-        self._disk = store if isinstance(store, DiskStore) else None
-        self._overflow: MemoryStore | None = None  # what the disk has no room for
-        self._whole = None if self._disk is None else ThreadedSource(_Stored(self.name, self._disk))
+        self._whole = ThreadedSource(store)
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
         self._timeout = timeout
         self._rate = rate
         self.pinned = pinned
-        self._digest = digest
-        self._on_growth = on_growth
         self._count = segments_of(remote.size)
         self._flights: dict[int, Flight] = {}
         self._requests = trio.CapacityLimiter(REQUESTS)
@@ -126,9 +110,8 @@ class CachedSource:
         self._end = -NEAR - 1  # of what was read last
         self._ahead = 0  # the segment up to which they have been asked for
         self._trigger = NEVER  # reading beyond this offset, a sequential reader needs the next ones
-        self._verifying = False
-        self._grown = 0
-        self._check_whole()
+        self._judging: trio.Event | None = None  # set once it is known whether all of it is right
+        self._judge_soon()
 
     # the AsyncSource ---------------------------------------------------------------------
 
@@ -146,22 +129,27 @@ class CachedSource:
     @property
     def blocking(self) -> Source | None:
         """Once everything is there, the cache's file; reading it costs what any file does."""
-        whole = self._whole
-        return whole.blocking if whole is not None and self._store.complete else None
+        return self._whole.blocking if self._store.complete else None
 
     @property
     def quick(self) -> bool:
-        return self._whole is not None and self._whole.quick
+        return self._whole.quick
 
     @property
     def backing(self) -> tuple[int, int] | None:
-        return None if self._disk is None else self._disk.backing
+        return self._store.backing
+
+    @property
+    def verified(self) -> bool:
+        """Whether what is read is known to be what the blob's digest says."""
+        return self._store.verified
 
     def will_need(self, offset: int, length: int) -> None:
         if length <= 0 or not within(self.size, offset, length) or self._store.complete:
             return
         first, last = offset >> SEGMENT_BITS, offset + length - 1 >> SEGMENT_BITS
-        if len(self._later) < HINTS and self._absent(first, last):
+        near = min(last, first + WINDOW)  # a look at all of a large range would take too long
+        if len(self._later) < HINTS and (near < last or self._absent(first, near)):
             self._later.append((first, last))
             if self._workers < BACKGROUND:
                 self._workers += 1
@@ -171,6 +159,13 @@ class CachedSource:
         check_range(self.name, self.size, offset, length)
         if not length:
             return b""
+        with trio.move_on_after(self._timeout):
+            return await self._read(offset, length)
+        raise self._too_late(offset)
+
+    async def _read(self, offset: int, length: int) -> Buffer:
+        if self._store.error is not None:
+            raise self._store.error
         first, last = offset >> SEGMENT_BITS, offset + length - 1 >> SEGMENT_BITS
         self._start(self._absent(first, last), urgent=True)
         if abs(offset - self._end) <= NEAR:
@@ -178,13 +173,13 @@ class CachedSource:
         else:
             self._trigger = NEVER
         self._end = offset + length
-        if self._whole is not None and self._store.complete:
+        if self._store.complete:
             try:
                 return await self._whole.read_at(offset, length)
             except IntegrityError:
-                pass  # no longer complete: what is spoiled is fetched again
+                pass  # no longer complete: what is damaged is fetched again
         if all(n not in self._flights for n in range(first, last + 1)):
-            found = await trio.to_thread.run_sync(self._stored, offset, length)
+            found = await trio.to_thread.run_sync(self._store.read, offset, length)
             if found is not None:
                 return found
         parts = []
@@ -207,6 +202,7 @@ class CachedSource:
             "size": self.size,
             "cached": min(self._store.present() << SEGMENT_BITS, self.size),
             "complete": self._store.complete,
+            "verified": self._store.verified,
             "requests": traffic.requests,
             "fetched": traffic.received,
             "retries": traffic.retries,
@@ -214,25 +210,26 @@ class CachedSource:
 
     async def forget(self, offset: int, length: int) -> bool:
         """Drop what is stored of a range: it was found to be wrong, and is to be fetched again."""
-        for number in range(offset >> SEGMENT_BITS, (offset + length - 1 >> SEGMENT_BITS) + 1):
-            self._store.forget(number)
-            if self._overflow is not None:
-                self._overflow.forget(number)
-        await trio.lowlevel.checkpoint()
-        return True
+        first, last = offset >> SEGMENT_BITS, offset + length - 1 >> SEGMENT_BITS
+
+        def forget() -> bool:
+            again = [self._store.forget(number) for number in range(first, last + 1)]
+            return any(again)
+
+        return await trio.to_thread.run_sync(forget)
 
     # segments ----------------------------------------------------------------------------
 
     def seed(self, data: bytes) -> None:
         """Store the beginning of the blob, which came with an answer, as far as it makes segments."""
         if len(data) >= min(SEGMENT, self.size) and self._absent(0, 0):
-            self._keep(0, data[:SEGMENT])
+            with self._store.claimed(0, 0) as ours:
+                if ours:
+                    self._store.put(0, data[:SEGMENT])
 
     def _absent(self, first: int, last: int) -> list[int]:
         """Segments that are neither stored nor on their way."""
         found = self._store.missing(first, min(last, self._count - 1))
-        if self._overflow is not None:
-            found = [n for n in found if self._overflow.missing(n, n)]
         return [n for n in found if n not in self._flights]
 
     def _crossed(self, number: int) -> None:
@@ -253,15 +250,15 @@ class CachedSource:
         self._ahead = min(number + 1 + self._window, self._count)
         if start < self._ahead:
             self._start(self._absent(start, self._ahead - 1), urgent=True)
-            if self._disk is not None and (row := self._disk.unchecked(start, self._ahead - 1)):
-                self._nursery.start_soon(self._check, self._disk, row)
+            if self._store.unchecked(start, self._ahead - 1):
+                self._nursery.start_soon(self._check, start, self._ahead - 1)
         half = max(self._ahead - self._window // 2, number + 1)
         self._trigger = half << SEGMENT_BITS if self._ahead < self._count else NEVER
 
-    async def _check(self, disk: DiskStore, row: list[int]) -> None:
+    async def _check(self, first: int, last: int) -> None:
         """Check stored segments before a reader gets to them."""
         try:
-            await trio.to_thread.run_sync(disk.check, row)
+            await trio.to_thread.run_sync(self._store.check, first, last)
         except OSError:
             pass  # the reader will see it
 
@@ -282,23 +279,19 @@ class CachedSource:
 
     async def _segment(self, number: int) -> Buffer:
         """A whole segment, from wherever it is.  Raises SourceError."""
-        offset = number << SEGMENT_BITS
+        offset, length = self._store.extent(number)
         for _ in range(REREADS):
             flight = self._flights.get(number)
+            if self._store.error is not None:
+                raise self._store.error
             if flight is None:
-                length = min(SEGMENT, self.size - offset)
-                data = await trio.to_thread.run_sync(self._stored, offset, length)
+                data = await trio.to_thread.run_sync(self._store.read, offset, length)
                 if data is not None:
                     return data
-                if self._disk is not None and self._disk.state == BAD:
-                    raise IntegrityError(f"{self.name}: is not what its digest says")
                 self._start(self._absent(number, number), urgent=True)
                 flight = self._flights.get(number)
             if flight is not None:
-                with trio.move_on_after(self._timeout) as patience:
-                    await flight.done.wait()
-                if patience.cancelled_caught:
-                    raise self._too_late(offset)
+                await flight.done.wait()
                 if flight.error is not None:
                     raise flight.error
                 if flight.data is not None:
@@ -309,16 +302,6 @@ class CachedSource:
         return SourceError(
             f"{self.name}: bytes at {offset} did not come within {self._timeout:g} seconds"
         )
-
-    def _stored(self, offset: int, length: int) -> Buffer | None:
-        try:
-            data = self._store.read(offset, length)
-        except OSError as e:
-            log.warning("%s: the cache can't be read: %s", self.name, e.strerror)
-            data = None
-        if data is None and self._overflow is not None:
-            data = self._overflow.read(offset, length)
-        return data
 
     # fetching ----------------------------------------------------------------------------
 
@@ -349,19 +332,17 @@ class CachedSource:
 
     async def _fetch(self, first: int, last: int, urgent: bool) -> None:
         """Fetch a row of segments for which there are flights."""
-        start = trio.current_time()
-        # one long download of everything is bounded by its readers' deadlines only
-        deadline = start + self._timeout if self._remote.ranged else float("inf")
+        pace = Pace(self._timeout)
         error: SourceError | None = None
         self._urgent += urgent
         try:
-            with trio.fail_at(deadline):
+            with pace.scope:
                 async with self._requests:
-                    await self._fetch_claimed(first, last, deadline)
+                    await self._fetch_claimed(first, last, pace)
+            if pace.scope.cancelled_caught:
+                error = self._too_late(first << SEGMENT_BITS)
         except SourceError as e:
             error = e
-        except trio.TooSlowError:
-            error = self._too_late(first << SEGMENT_BITS)
         except OSError as e:
             error = SourceError(f"{self.name}: the cache can't be used: {e.strerror}")
         except Exception as e:  # a mistake of ours must not end the mount
@@ -381,18 +362,15 @@ class CachedSource:
         flight = self._flights.pop(number)
         flight.error = error
         flight.done.set()
+        flight.stored.set()
 
-    async def _fetch_claimed(self, first: int, last: int, deadline: float) -> None:
+    async def _fetch_claimed(self, first: int, last: int, pace: Pace) -> None:
         """Fetch, unless another process is doing so: then wait until it has."""
-        disk = self._disk
-        if disk is None:
-            await self._receive(first, last, deadline)
-            return
         delay = 0.01
         patience = trio.current_time() + PATIENCE
         while True:
-            with disk.claimed(first, last) as ours:
-                missing = disk.missing(first, last)
+            with self._store.claimed(first, last) as ours:
+                missing = self._store.missing(first, last)
                 for number in range(first, last + 1):
                     flight = self._flights.get(number)
                     if number not in missing and flight is not None and flight.data is None:
@@ -401,7 +379,7 @@ class CachedSource:
                     return
                 if ours or trio.current_time() > patience:
                     for start, end in rows(missing, self._count):
-                        await self._receive(start, end, deadline)
+                        await self._receive(start, end, pace)
                     for number in missing:  # until it is stored, others had better not fetch it
                         flight = self._flights.get(number)
                         if flight is not None and flight.data is not None:
@@ -410,12 +388,18 @@ class CachedSource:
             await trio.sleep(delay)
             delay = min(delay * 1.5, 0.2)
 
-    async def _receive(self, first: int, last: int, deadline: float) -> None:
-        """Make segments of what comes over the network."""
+    async def _receive(self, first: int, last: int, pace: Pace) -> None:
+        """Make segments of what comes over the network.
+
+        What was asked for has to come before the pace's deadline; a download of everything, from a
+        server that can do nothing else, has to go on."""
         start, end = first << SEGMENT_BITS, min((last + 1) << SEGMENT_BITS, self.size)
         number, buffer = -1, bytearray()
-        async with aclosing(self._remote.stream(start, end, deadline)) as chunks:
+        stream = self._remote.stream(start, end, pace)
+        async with aclosing(stream) as chunks:
             async for offset, chunk in chunks:
+                if not self._remote.ranged:
+                    pace.advance(len(chunk))
                 if offset != (number << SEGMENT_BITS) + len(buffer):
                     # the first piece; or a server without ranges starts again
                     number, buffer = offset >> SEGMENT_BITS, bytearray()
@@ -439,6 +423,10 @@ class CachedSource:
             flight = self._flights[number] = Flight()
         if flight.data is not None:
             return  # and does so for each request
+        if (
+            self._store.verified
+        ):  # memory has dropped it: it must be what it was before anybody sees it
+            await trio.to_thread.run_sync(self._store.put, number, data)
         flight.data = data
         flight.done.set()
         await self._writes.acquire_on_behalf_of(flight)
@@ -447,60 +435,95 @@ class CachedSource:
     async def _keep_soon(self, number: int, flight: Flight) -> None:
         assert flight.data is not None
         try:
-            await trio.to_thread.run_sync(self._keep, number, flight.data)
+            await trio.to_thread.run_sync(self._store.put, number, flight.data)
+        except IntegrityError as e:
+            log.error("%s", e)
+            await trio.to_thread.run_sync(self._store.condemn, e)
         finally:
             self._writes.release_on_behalf_of(flight)
             flight.stored.set()
             if self._flights.get(number) is flight:
                 del self._flights[number]
-        self._grown += 1
-        try:
-            if self._grown >= GROWTH:
-                self._grown = 0
-                await trio.to_thread.run_sync(self._on_growth)
-            self._check_whole()
-        except (OSError, SourceError) as e:
-            log.warning("%s: the cache can't be looked after: %s", self.name, e)
-
-    def _keep(self, number: int, data: Buffer) -> None:
-        if self._overflow is None:
-            try:
-                self._store.put(number, data)
-                return
-            except OSError as e:
-                log.warning(
-                    "%s: the cache has no room (%s); going on without it", self.name, e.strerror
-                )
-                self._overflow = MemoryStore(self.size)
-        self._overflow.put(number, data)
+        self._judge_soon()
 
     # when everything is there --------------------------------------------------------------
 
-    def _check_whole(self) -> None:
-        """Verify the digest once nothing is missing any more."""
-        disk = self._disk
-        if disk is None or self._verifying or disk.state != FILLING:
-            return
-        if disk.present() == disk.count:
-            self._verifying = True
-            self._nursery.start_soon(self._verify_whole, disk)
+    def _judge_soon(self) -> None:
+        """Have the digest checked once nothing is missing any more."""
+        if self._judging is None and self._store.ripe:
+            self._judging = trio.Event()
+            self._nursery.start_soon(self._judge, self._judging)
 
-    async def _verify_whole(self, disk: DiskStore) -> None:
+    async def _judge(self, judged: trio.Event) -> None:
         try:
-            right = await trio.to_thread.run_sync(
-                whole_matches, disk.path, self.size, self._digest, abandon_on_cancel=True
-            )
+            right = await trio.to_thread.run_sync(self._store.settle, abandon_on_cancel=True)
+            if right:
+                log.info("%s: complete%s", self.name, ", and verified" if self.verified else "")
+            elif right is not None:
+                log.error("%s", self._store.error)
         except (SourceError, OSError) as e:
             log.warning("%s: the cache can't be read: %s", self.name, e)
-            return
         finally:
-            self._verifying = False
-        if right:
-            disk.set_state(COMPLETE)
-            log.info("%s: complete, and verified", self.name)
-        elif right is not None:
-            log.error("%s: is not what its digest says; discarded", self.name)
-            disk.discard()
+            self._judging = None
+            judged.set()
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it has been fetched."""
+        return not self._store.missing(0, self._count - 1)
+
+    async def verify(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Fetch what is missing, and check the digest over a whole pass.  ``progress``: as for Access.
+
+        Raises IntegrityError where it is wrong, SourceError where there is nothing to check it by, or
+        bytes can't be had."""
+        if self._store.digest is None:
+            raise SourceError(
+                f"{self.name}: there is no digest to verify it by (dm-verity has one)"
+            )
+        for number in range(self._count):
+            if self.verified:
+                return
+            if not self._store.has(number):
+                await self.read_at(*self._store.extent(number))
+            if progress is not None:
+                progress(self.name, min((number + 1) << SEGMENT_BITS, self.size), self.size)
+        await self._landed()
+        self._judge_soon()
+        while self._judging is not None:
+            await self._judging.wait()
+        if not self.verified and self._store.error is None:
+            await self._pass()
+        if self._store.error is not None:
+            raise self._store.error
+
+    async def _landed(self) -> None:
+        """Wait until what has been asked for is stored, or was not to be had."""
+        for flight in [*self._flights.values()]:
+            await flight.stored.wait()
+
+    async def _pass(self) -> None:
+        """Check the digest where not everything fits on disk: what memory has dropped is fetched again,
+        and has to be what it was."""
+        for _ in range(FREEZING):  # others may be about to finish what they write
+            if await trio.to_thread.run_sync(self._store.freeze):
+                break
+            await trio.sleep(0.05)
+        assert self._store.digest is not None
+        algorithm = self._store.digest.partition(":")[0]
+        found = hashlib.new(algorithm)
+        for number in range(self._count):
+            data = await self.read_at(*self._store.extent(number))
+            await trio.to_thread.run_sync(found.update, data)
+        await self._landed()
+        if f"{algorithm}:{found.hexdigest()}" != self._store.digest:
+            await trio.to_thread.run_sync(self._store.condemn)
+        elif await trio.to_thread.run_sync(self._store.freeze):
+            self._store.proven()
+        else:
+            raise SourceError(
+                f"{self.name}: can't be verified while other processes fill the cache"
+            )
 
 
 def rows(numbers: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
@@ -514,44 +537,3 @@ def rows(numbers: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
         last = number
     if first >= 0:
         yield first, last
-
-
-def whole_matches(path: str, size: int, digest: str | None) -> bool | None:
-    """Whether the segments of a blob in the cache have a digest together (True where there is none to
-    have); None if one of them is missing or spoiled.  What is right is on the disk afterwards.
-    Blocks for as long as it takes to read everything."""
-    algorithm, _, wanted = (digest or "sha256:").partition(":")
-    found = hashlib.new(algorithm)
-    store = DiskStore(path, size, {})  # of its own: the caller may close its one meanwhile
-    try:
-        for number in range(store.count):
-            data = store.segment(number)
-            if data is None:
-                return None
-            if digest is not None:
-                found.update(data)
-        store.sync()
-        return digest is None or found.hexdigest() == wanted
-    finally:
-        store.close()
-
-
-class _Stored:
-    """A complete blob for worker threads."""
-
-    def __init__(self, name: str, store: DiskStore) -> None:
-        self.name = name
-        self.size = store.size
-        self.peek = store.peek
-        self.backing = None
-        self._store = store
-
-    def read_at(self, offset: int, length: int) -> Buffer:
-        check_range(self.name, self.size, offset, length)
-        data = self._store.read(offset, length)
-        if data is None:
-            raise IntegrityError(f"{self.name}: what the cache holds at {offset} is spoiled")
-        return data
-
-    def close(self) -> None:
-        pass

@@ -1,36 +1,60 @@
-"""The cache directory that all processes and commands share.
+"""The cache directory that all processes and commands of a user share.
 
-    blobs/ALGORITHM-HEX.data, .map   blobs by digest, or by URL and validator (``store.py``)
-    documents/ALGORITHM-HEX          manifests, indexes and configurations, by digest
-    answers/HEX.json                 what a reference or URL led to when last asked
+    verified/ALGORITHM-HEX.data, .map   blobs whose digest was checked over a whole pass, by digest
+    claimed/HEX.data, .map              blobs as their servers claim them to be, by claim (``claim.py``)
+    documents/ALGORITHM-HEX             manifests, indexes and configurations, by digest
+    answers/HEX.json                    what a reference or URL led to when last asked, by origin
+    blobs/                              what older versions kept: adopted where its digest is right
 
-The directory is private (0700).  It holds no credentials.
+The directory is private: it and everything in it has to belong to us, and nobody else may be able to
+write to it (``pyerofs.private``).  It holds no credentials.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
+import re
+import stat
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from pyerofs.errors import SourceError
+from pyerofs.private import PrivateDirectory
+from pyerofs.sources.base import MAX_BLOB
+from pyerofs.sources.blobstore import BlobStore
+from pyerofs.sources.claim import Origin
 from pyerofs.sources.store import (
     BAD,
     COMPLETE,
-    DiskStore,
-    read_header,
+    HEADER_SIZE,
+    SEGMENT,
+    Claimed,
+    Verified,
+    keep_verified,
+    parse_header,
 )
 
 log = logging.getLogger("pyerofs")
 
 MAX_DOCUMENT = 16 << 20
+MAX_ANSWER = 64 << 10
+ROOM_STEP = 64 << 20  # bytes that may be stored before others' growth is looked at again
+ABANDONED = 3600.0  # seconds after which nobody will go on with a half-written file
+FULL_FOR = 1.0  # seconds after which a full cache is looked at again
+
+_BLOB_NAME = re.compile(r"(?:unpacked-)?(?:sha256|sha512)-[0-9a-f]{64,128}|(?:url-)?[0-9a-f]{64}")
+_DOCUMENT_NAME = re.compile(r"(?:sha256|sha512)-[0-9a-f]{64,128}|\.new-[0-9a-f]+")
+_ANSWER_NAME = re.compile(r"[0-9a-f]{64}\.json|\.new-[0-9a-f]+")
 
 
 def default_directory() -> str:
@@ -45,13 +69,15 @@ def default_directory() -> str:
 class Blob:
     """One blob of the cache, as listed."""
 
+    folder: PrivateDirectory
+    file: str  # its files' name in there, without suffix
     key: str
     name: str  # what it was fetched as
     size: int
     stored: int  # bytes on disk
     state: int
     used: float  # seconds since 1970
-    path: str
+    verified: bool
 
 
 class CacheDir:
@@ -60,168 +86,326 @@ class CacheDir:
     def __init__(self, path: str | None, limit: int) -> None:
         self.path = path or default_directory()
         self.limit = limit
+        self._lock = threading.Lock()
+        self._room = 0  # bytes that may be stored without looking
+        self._spooled = 0  # bytes in files without a name
+        self._full_until = 0.0
         try:
-            os.makedirs(os.path.dirname(self.path) or "/", exist_ok=True)
-            for name in ("", "blobs", "documents", "answers"):
-                os.makedirs(os.path.join(self.path, name), mode=0o700, exist_ok=True)
-            if not os.access(os.path.join(self.path, "blobs"), os.W_OK):
-                raise SourceError(f"{self.path}: not writable")
+            self._top = PrivateDirectory.open(self.path)
+            self._verified = self._top.subdirectory("verified")
+            self._claimed = self._top.subdirectory("claimed")
+            self._documents = self._top.subdirectory("documents")
+            self._answers = self._top.subdirectory("answers")
+            self._old = self._old_blobs()
+            if not os.access(self._claimed.path, os.W_OK):
+                raise OSError(errno.EACCES, "not writable", self.path)
         except OSError as e:
-            raise SourceError(f"{self.path}: {e.strerror}") from None
+            raise _unusable(e, self.path) from None
+
+    def _old_blobs(self) -> PrivateDirectory | None:
+        try:
+            return self._top.subdirectory("blobs", create=False)
+        except OSError:
+            return None
 
     # blobs ------------------------------------------------------------------------------
 
-    def _base(self, key: str) -> str:
-        return os.path.join(self.path, "blobs", key.replace(":", "-"))
+    def blob(
+        self, origin: Origin, what: str, size: int, name: str, digest: str | None = None
+    ) -> BlobStore:
+        """What is kept of a blob that an origin claims to have.  ``what`` tells it from others of the
+        origin: a digest or a version.  Never fails for what is on disk: it goes on in memory."""
+        verified = None if digest is None else self.verified(digest)
+        if verified is not None and verified.size != size:
+            verified.close()
+            raise SourceError(f"{name}: has {verified.size} bytes, not {size} as claimed")
+        key = origin.key(what, size)
+        about = {"key": digest or f"url:{key}", "name": name}
+        return BlobStore(
+            name,
+            size,
+            digest,
+            verified=verified,
+            claimed=lambda: Claimed(self._claimed, key, size, about, vouched=digest is not None),
+            settled=None if digest is None else (self._verified, _file_name(digest)),
+            room=self.room,
+        )
 
-    def store(self, key: str, size: int, name: str) -> DiskStore:
-        """The store of a blob, made if need be.  Raises SourceError."""
+    def verified(self, key: str) -> Verified | None:
+        """A blob whose digest was checked, if it is there."""
+        name = _file_name(key)
+        for _ in range(2):
+            try:
+                found = Verified.open(self._verified, name)
+            except OSError as e:
+                log.warning("%s: can't be used: %s", e.filename or self.path, e.strerror)
+                return None
+            if found is not None or not self._adopt_old(key, name):
+                return found
+        return None
+
+    def whole(self, key: str, name: str) -> BlobStore | None:
+        """A verified blob that can't be fetched again in parts, if all of it is there."""
+        found = self.verified(key)
+        if found is None:
+            return None
+        if not found.complete:
+            found.close()
+            return None
+        return BlobStore(name, found.size, key, verified=found)
+
+    def known_size(self, digest: str) -> int | None:
+        """The size of a verified blob; None if it is not there."""
+        found = self.verified(digest)
+        if found is None:
+            return None
+        found.close()
+        return found.size
+
+    def keep(self, key: str, fd: int, size: int, name: str) -> None:
+        """Put a file whose digest was checked among the verified blobs.  Raises SourceError."""
         try:
-            return DiskStore(self._base(key), size, {"key": key, "name": name})
+            keep_verified(self._verified, _file_name(key), fd, size, {"key": key, "name": name})
+            self._spooled = 0  # it has a name now
         except OSError as e:
-            raise SourceError(f"{self.path}: {e.strerror}") from None
+            raise _unusable(e, self.path) from None
+
+    def _adopt_old(self, key: str, name: str) -> bool:
+        """Whether an older version, which believed blobs before they were checked, has left this one
+        with the right digest; it is adopted then.  A wrong one is removed."""
+        if self._old is None or not key.startswith(("sha256:", "sha512:")):
+            return False
+        try:
+            fd = self._old.open_file(f"{name}.data", os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            with self.alone(key) as alone:
+                size = os.fstat(fd).st_size
+                if alone and size <= MAX_BLOB and _file_digest(fd, key) == key:
+                    about = {"key": key, "name": "kept by an older version"}
+                    keep_verified(self._verified, name, fd, size, about)
+                    return True
+        except (OSError, SourceError):
+            pass
+        finally:
+            os.close(fd)
+            self._remove(self._old, name)
+        return False
 
     @contextmanager
     def alone(self, key: str) -> Iterator[bool]:
         """Whether no other process is making this blob, which none will meanwhile."""
-        path = self._base(key) + ".lock"
+        name = f".{_file_name(key)}.lock"
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = self._verified.open_file(name, os.O_RDWR | os.O_CREAT)
         except OSError as e:
-            raise SourceError(f"{path}: {e.strerror}") from None
+            raise _unusable(e, self.path) from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield True
-            os.unlink(path)
         except BlockingIOError:
-            yield False
-        finally:
             os.close(fd)
-
-    def known_size(self, key: str) -> int | None:
-        """The size of a blob that is there completely; None if it is not."""
-        found = read_header(self._base(key) + ".map")
-        return found[0] if found is not None and found[1] == COMPLETE else None
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            self._verified.unlink_same(name, fd)
+            os.close(fd)
 
     def blobs(self) -> Iterator[Blob]:
         """All blobs, in no order."""
-        folder = os.path.join(self.path, "blobs")
-        for name in os.listdir(folder):
-            path = os.path.join(folder, name.removesuffix(".map"))
-            if not name.endswith(".map"):
-                continue
-            header = read_header(path + ".map")
-            try:
-                used = os.stat(path + ".map").st_mtime
-                stored = os.stat(path + ".data").st_blocks * 512
-            except OSError:
-                continue
-            if header is not None:
-                size, state, about = header
-                key, shown = str(about.get("key", "?")), str(about.get("name", "?"))
-                yield Blob(key, shown, size, stored, state, used, path)
+        for folder in filter(None, (self._verified, self._claimed, self._old)):
+            for file_name in folder.names():
+                name = file_name.removesuffix(".map")
+                if name != file_name and _BLOB_NAME.fullmatch(name):
+                    try:
+                        yield self._described(folder, name)
+                    except OSError:
+                        continue
 
-    def remove(self, path: str) -> bool:
-        """Unlink a blob unless somebody uses it; whether that was done."""
+    def _described(self, folder: PrivateDirectory, name: str) -> Blob:
+        used = os.stat(f"{name}.map", dir_fd=folder.fd, follow_symlinks=False).st_mtime
+        data = os.stat(f"{name}.data", dir_fd=folder.fd, follow_symlinks=False)
+        found = parse_header(folder.read(f"{name}.map", HEADER_SIZE))
+        # what can't be read is worth nothing: the first to go
+        size, state, about = (data.st_size, BAD, {}) if found is None else found
+        key, shown = str(about.get("key", name)), str(about.get("name", "?"))
+        verified = folder is self._verified and state == COMPLETE
+        return Blob(folder, name, key, shown, size, data.st_blocks * 512, state, used, verified)
+
+    def open_blob(self, blob: Blob) -> Verified | Claimed | None:
+        """The files of a blob that was listed.  Raises OSError."""
+        if blob.folder is self._verified:
+            return Verified.open(blob.folder, blob.file)
+        if blob.folder is self._claimed and blob.state != BAD:
+            about = {"key": blob.key, "name": blob.name}
+            vouched = not blob.key.startswith("url:")
+            return Claimed(blob.folder, blob.file, blob.size, about, vouched=vouched)
+        return None
+
+    def remove(self, blob: Blob) -> bool:
+        """Unlink a blob unless a process uses it; whether that was done."""
+        return self._remove(blob.folder, blob.file)
+
+    def _remove(self, folder: PrivateDirectory, name: str) -> bool:
         try:
-            fd = os.open(path + ".map", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
+            fd = folder.open_file(f"{name}.map", os.O_RDWR)
+        except OSError as e:
+            if e.errno == errno.ENOENT:
+                return False
+            fd = -1  # no file of ours, but in our place: a link, a fifo
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fd >= 0:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for suffix in (".data", ".map"):
-                try:
-                    os.unlink(path + suffix)
-                except FileNotFoundError:
-                    pass
+                folder.unlink(name + suffix)
             return True
-        except BlockingIOError:
+        except OSError:  # locked; or a directory, which is not ours to remove
             return False
         finally:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
+
+    # room -------------------------------------------------------------------------------
+
+    def room(self, n: int) -> bool:
+        """Whether ``n`` more bytes may be stored; then they count as stored.  Others' blobs that were
+        unused for longest go for it."""
+        with self._lock:
+            if self._room < n and time.monotonic() >= self._full_until:
+                wanted = max(n, min(ROOM_STEP, self.limit // 16))
+                stored = self._spooled + self._evict(self.limit - self._spooled - wanted)
+                self._room = min(self.limit - stored, wanted)
+                if self._room < n:
+                    self._full_until = time.monotonic() + FULL_FOR
+            if self._room < n:
+                return False
+            self._room -= n
+            return True
+
+    def spool_room(self, n: int) -> bool:
+        """The same for a file without a name, which no other look at the directory finds."""
+        found = self.room(n)
+        self._spooled += n if found else 0
+        return found
 
     def evict(self, limit: int | None = None) -> int:
         """Remove the blobs unused for longest until what is stored fits the limit; how many went."""
-        limit = self.limit if limit is None else limit
-        blobs = sorted(self.blobs(), key=lambda b: b.used)
+        before = sum(1 for _ in self.blobs())
+        self._evict(self.limit if limit is None else limit)
+        return before - sum(1 for _ in self.blobs())
+
+    def _evict(self, limit: int) -> int:
+        """The same; bytes that are stored afterwards."""
+        self._sweep()
+        blobs = sorted(self.blobs(), key=lambda b: (b.state != BAD, b.used))
         total = sum(b.stored for b in blobs)
-        removed = 0
         for blob in blobs:
             if total <= limit and blob.state != BAD:
-                continue
-            if self.remove(blob.path):
+                break
+            if self.remove(blob):
                 total -= blob.stored
-                removed += 1
                 log.info("cache: %s removed", blob.name)
-        return removed
+        return total
+
+    def _sweep(self) -> None:
+        """Remove what processes that died have left: files without their twin, half-written ones."""
+        before = time.time() - ABANDONED
+        for folder in (self._verified, self._claimed, self._documents, self._answers):
+            names = set(folder.names())
+            for name in names:
+                twinless = (
+                    name.endswith(".data") and f"{name.removesuffix('.data')}.map" not in names
+                )
+                try:
+                    if name.startswith(".") or (twinless and _BLOB_NAME.fullmatch(name[:-5])):
+                        found = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
+                        if found.st_mtime < before and stat.S_ISREG(found.st_mode):
+                            folder.unlink(name)
+                except OSError:
+                    continue
+
+    def temporary(self) -> int:
+        """The descriptor of a new file without a name, on the cache's file system."""
+        try:
+            return self._top.temporary()
+        except OSError as e:
+            raise _unusable(e, self.path) from None
 
     # documents and answers --------------------------------------------------------------
 
     def document(self, digest: str) -> bytes | None:
         """A manifest or configuration; None if it is not there, or is not what it should be."""
         try:
-            with open(self._document(digest), "rb") as f:
-                found = f.read(MAX_DOCUMENT + 1)
+            found = self._documents.read(_file_name(digest), MAX_DOCUMENT + 1)
         except OSError:
             return None
         return found if digest_of(found, digest) == digest else None
 
     def keep_document(self, digest: str, data: bytes) -> None:
         """Keep a document that was verified.  Best effort."""
-        self._write(self._document(digest), data)
-
-    def _document(self, digest: str) -> str:
-        return os.path.join(self.path, "documents", digest.replace(":", "-"))
+        _try_write(self._documents, _file_name(digest), data)
 
     def forget_documents(self) -> None:
         """Drop all documents and answers."""
-        for folder in ("documents", "answers"):
-            for name in os.listdir(os.path.join(self.path, folder)):
-                os.unlink(os.path.join(self.path, folder, name))
+        for folder, form in ((self._documents, _DOCUMENT_NAME), (self._answers, _ANSWER_NAME)):
+            for name in folder.names():
+                if form.fullmatch(name):
+                    try:
+                        folder.unlink(name)
+                    except OSError:
+                        pass  # a directory, which is not ours
 
-    def answer(self, question: str) -> dict[str, Any] | None:
-        """What was the answer when this was last asked."""
+    def answer(self, origin: Origin, question: str) -> dict[str, Any] | None:
+        """What an origin answered when this was last asked."""
         try:
-            with open(self._answer(question), "rb") as f:
-                found = json.loads(f.read(1 << 16))
-        except (OSError, ValueError):
+            found = json.loads(self._answers.read(f"{origin.key(question)}.json", MAX_ANSWER))
+        except (OSError, ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 
-    def keep_answer(self, question: str, answer: dict[str, Any]) -> None:
+    def keep_answer(self, origin: Origin, question: str, answer: dict[str, Any]) -> None:
         """Keep an answer.  Best effort."""
-        self._write(self._answer(question), json.dumps(answer).encode())
-
-    def _answer(self, question: str) -> str:
-        return os.path.join(
-            self.path, "answers", hashlib.sha256(question.encode()).hexdigest() + ".json"
-        )
-
-    def _write(self, path: str, data: bytes) -> None:
-        """Write a whole file, or nothing."""
-        try:
-            fd, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".new-")
-        except OSError:
-            return
-        try:
-            with open(fd, "wb") as f:
-                f.write(data)
-            os.replace(temporary, path)
-        except OSError:
-            try:
-                os.unlink(temporary)
-            except OSError:
-                pass
+        _try_write(self._answers, f"{origin.key(question)}.json", json.dumps(answer).encode())
 
 
-def temporary_file(directory: str | None) -> int:
-    """A descriptor of an unlinked file."""
+def _file_name(key: str) -> str:
+    return key.replace(":", "-")
+
+
+def _unusable(e: OSError, path: str) -> SourceError:
+    """One line about a cache that can't be used."""
+    return SourceError(f"the cache {e.filename or path} can't be used: {e.strerror} (--cache-dir)")
+
+
+def _try_write(folder: PrivateDirectory, name: str, data: bytes) -> None:
     try:
-        fd, path = tempfile.mkstemp(dir=directory, prefix=".download-")
-        os.unlink(path)
-        return fd
+        folder.write(name, data)
     except OSError as e:
-        raise SourceError(f"{e.filename or directory}: {e.strerror}") from None
+        log.info("cache: %s not kept: %s", name, e.strerror)
+
+
+def _file_digest(fd: int, like: str) -> str:
+    """The digest of a whole file, by the algorithm of another digest."""
+    algorithm = like.partition(":")[0]
+    found = hashlib.new(algorithm)
+    at = 0
+    while data := os.pread(fd, SEGMENT, at):
+        found.update(data)
+        at += len(data)
+    return f"{algorithm}:{found.hexdigest()}"
+
+
+def temporary_file(cache: CacheDir | None) -> int:
+    """The descriptor of a file without a name: on the cache's file system, or where such files go."""
+    if cache is not None:
+        return cache.temporary()
+    try:
+        with tempfile.TemporaryFile() as f:
+            return os.dup(f.fileno())
+    except OSError as e:
+        raise SourceError(f"{tempfile.gettempdir()}: {e.strerror}") from None
 
 
 def digest_of(data: bytes, like: str) -> str:

@@ -13,10 +13,12 @@ import httpx
 import trio
 
 from pyerofs.errors import ChangedError, SourceError
+from pyerofs.sources.base import MAX_BLOB
 from pyerofs.sources.store import SEGMENT
 from pyerofs.sources.transport import (
     MAX_ATTEMPTS,
     Authority,
+    Pace,
     Target,
     Traffic,
     Transient,
@@ -25,7 +27,8 @@ from pyerofs.sources.transport import (
     retrying,
 )
 
-MAX_SIZE = 1 << 62
+_ETAG = re.compile(r"[\x21-\x7e]{1,1024}")  # fit to be sent back; RFC 9110 wants quotes around it
+_DATE = re.compile(r"[\x20-\x7e]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +77,10 @@ class HttpBlob:
         name: str,
         authority: Authority | None = None,
         ranged: bool = True,
+        most: int = MAX_BLOB,
     ) -> None:
-        """``locate`` is asked where the blob is before each request, and may have to find out."""
+        """``locate`` is asked where the blob is before each request, and may have to find out.
+        ``most``: how large it may be where the server can only send all of it."""
         self._transport = transport
         self._locate = locate
         self._version = version
@@ -83,19 +88,20 @@ class HttpBlob:
         self.name = name
         self.size = version.size
         self.ranged = ranged
+        self._most = most
 
     @property
     def traffic(self) -> Traffic:
         return self._transport.traffic
 
     async def stream(
-        self, start: int, end: int, deadline: float
+        self, start: int, end: int, pace: Pace
     ) -> AsyncGenerator[tuple[int, bytes], None]:
         """The bytes from ``start`` to ``end`` as (offset, bytes), in order.
 
         From a server that sends all whatever we ask for, they begin at 0 and go on to the end of the
         blob; ``ranged`` is False from then on.  Tries again after failures that may pass, from where
-        it was, until ``deadline``.  Raises SourceError."""
+        it was, as long as ``pace`` allows.  Raises SourceError."""
         at = start
         failures = 0
         while at < end:
@@ -108,7 +114,7 @@ class HttpBlob:
                             failures = 0
             except Transient as e:
                 failures += 1
-                await pause(e, failures, MAX_ATTEMPTS, deadline)
+                await pause(e, failures, MAX_ATTEMPTS, pace.scope.deadline)
                 self.traffic.retries += 1
 
     async def _once(self, start: int, end: int) -> AsyncGenerator[tuple[int, bytes], None]:
@@ -151,6 +157,8 @@ class HttpBlob:
         if not version.confirmed(response) and (version.identified or length is None):
             # a login page, or an error that calls itself a success
             raise Transient(f"{shown}: something else was sent instead")
+        if self.size > self._most:
+            raise SourceError(whole_is_too_large(shown, self.size))
         self.ranged = False
         return 0, self.size
 
@@ -186,11 +194,14 @@ async def discover(
                 first, last, total = content_range(response, target.shown)
                 if total is None or first:
                     raise SourceError(f"{target.shown}: the server does not say how large it is")
+                if last >= SEGMENT:
+                    raise SourceError(f"{target.shown}: sends more than was asked for")
                 found = bytearray()
-                async for chunk in transport.body(response, target.shown):
-                    found += chunk
-                    if len(found) > last + 1:
-                        raise SourceError(f"{target.shown}: sends more than it announced")
+                async with aclosing(transport.body(response, target.shown)) as body:
+                    async for chunk in body:
+                        found += chunk
+                        if len(found) > last + 1:
+                            raise SourceError(f"{target.shown}: sends more than it announced")
                 if len(found) != last + 1:
                     raise Transient(f"{target.shown}: ended early, at byte {len(found)}")
                 return Found(Version(total, etag, modified), True, bytes(found))
@@ -207,31 +218,57 @@ async def download(
     authority: Authority | None,
     fd: int,
     timeout: float,
+    *,
+    most: int,
+    room: Callable[[int], bool] = lambda _: True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
-    """Write a whole body to a file.  Raises SourceError."""
+    """Write a whole body to a file: at most ``most`` bytes, and only what there is ``room`` for.
+
+    Goes on as long as something comes (``Pace``).  Raises SourceError."""
+    shown = target.shown
+    pace = Pace(timeout)
+    kept = 0  # bytes that there was room for, in any attempt
 
     async def once() -> None:
+        nonlocal kept
         written = 0
         async with transport.get(target, {}, authority) as response:
             total = content_length(response)
-            async with aclosing(transport.body(response, target.shown)) as chunks:
+            if total is not None and total > most:
+                raise SourceError(whole_is_too_large(shown, total))
+            async with aclosing(transport.body(response, shown)) as chunks:
                 async for chunk in chunks:
+                    end = written + len(chunk)
+                    if end > most or (end > kept and not room(end - kept)):
+                        raise SourceError(whole_is_too_large(shown, end))
+                    kept = max(kept, end)
                     await trio.to_thread.run_sync(_write_all, fd, chunk, written)
-                    written += len(chunk)
+                    written = end
+                    pace.advance(len(chunk))
                     if progress is not None:
-                        progress(target.shown, written, total or 0)
+                        progress(shown, written, total or 0)
         os.ftruncate(fd, written)
 
     failures = 0
-    while True:
-        try:
-            await once()
-            return
-        except Transient as e:
-            failures += 1
-            await pause(e, failures, MAX_ATTEMPTS, trio.current_time() + timeout)
-            transport.traffic.retries += 1
+    with pace.scope:
+        while True:
+            try:
+                await once()
+                return
+            except Transient as e:
+                failures += 1
+                await pause(e, failures, MAX_ATTEMPTS, pace.scope.deadline)
+                transport.traffic.retries += 1
+    raise Transient(f"{shown}: nothing more came within {timeout:g} seconds")
+
+
+def whole_is_too_large(shown: str, size: int) -> str:
+    """Why something is not fetched that can only be fetched whole."""
+    return (
+        f"{shown}: its server sends no parts, and the whole ({size} bytes so far or in all) is more"
+        " than may be kept (--cache-limit)"
+    )
 
 
 def _write_all(fd: int, data: bytes, offset: int) -> None:
@@ -245,7 +282,13 @@ def _write_all(fd: int, data: bytes, offset: int) -> None:
 
 
 def _validators(response: httpx.Response) -> tuple[str | None, str | None]:
-    return response.headers.get("etag"), response.headers.get("last-modified")
+    """ETag and Last-Modified, as far as they can be sent back and compared."""
+    etag = response.headers.get("etag", "").strip()
+    modified = response.headers.get("last-modified", "").strip()
+    return (
+        etag if _ETAG.fullmatch(etag) else None,
+        modified if _DATE.fullmatch(modified) else None,
+    )
 
 
 def content_range(response: httpx.Response, shown: str) -> tuple[int, int, int | None]:
@@ -256,12 +299,19 @@ def content_range(response: httpx.Response, shown: str) -> tuple[int, int, int |
         raise SourceError(f"{shown}: sends a part without saying which (Content-Range {text!r})")
     first, last = int(match[1]), int(match[2])
     total = None if match[3] == "*" else int(match[3])
-    if last < first or last >= (MAX_SIZE if total is None else min(total, MAX_SIZE)):
+    if total is not None and total > MAX_BLOB:
+        raise SourceError(f"{shown}: claims to have {total} bytes; at most {MAX_BLOB} are possible")
+    if last < first or last >= (MAX_BLOB if total is None else total):
         raise SourceError(f"{shown}: sends an impossible part (Content-Range {text!r})")
     return first, last, total
 
 
 def content_length(response: httpx.Response) -> int | None:
-    """The announced length of a body, if there is one."""
+    """The announced length of a body, if there is one.  Raises SourceError where it is impossible."""
     text = response.headers.get("content-length", "")
-    return int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
+    length = int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
+    if length is not None and length > MAX_BLOB:
+        raise SourceError(
+            f"a body of {length} bytes was announced; at most {MAX_BLOB} are possible"
+        )
+    return length

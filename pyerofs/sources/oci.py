@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyerofs.errors import IntegrityError, RegistryError
+from pyerofs.sources.base import MAX_BLOB
 from pyerofs.sources.cachedir import digest_of
 from pyerofs.sources.reference import is_digest
 
@@ -29,7 +30,6 @@ EROFS_LAYER = "application/vnd.erofs.layer"
 ZSTD = "+zstd"
 
 MAX_DOCUMENT = 4 << 20  # what registries accept as a manifest
-MAX_BLOB = 1 << 60
 MAX_DEPTH = 4  # of indexes within indexes
 MAX_ENTRIES = 10_000
 

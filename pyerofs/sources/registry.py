@@ -15,6 +15,7 @@ import trio
 from pyerofs.errors import RegistryError, SourceError
 from pyerofs.sources.auth import RegistryAuthority
 from pyerofs.sources.cachedir import CacheDir
+from pyerofs.sources.claim import Origin
 from pyerofs.sources.credentials import Credentials, find_credentials
 from pyerofs.sources.http import HttpBlob, Version, discover
 from pyerofs.sources.oci import (
@@ -59,8 +60,10 @@ class Registry:
         spec: SourceSpec,
         access: Access,
         cache: CacheDir | None,
+        origin: Origin,
     ) -> None:
         self.reference = reference
+        self.origin = origin
         self._transport = transport
         self._spec = spec
         self._access = access
@@ -123,11 +126,12 @@ class Registry:
         """What the tag leads to now; or, where the registry can't be reached, what it did last."""
         reference, cache = self.reference, self._cache
         question = f"{reference.registry}/{reference.repository}:{reference.tag}"
+        origin = self.origin
         known = None
         if cache is not None:
-            answer = await trio.to_thread.run_sync(cache.answer, question)
+            answer = await trio.to_thread.run_sync(cache.answer, origin, question)
             digest = str((answer or {}).get("digest", ""))
-            if digest.startswith("sha256:"):
+            if is_digest(digest):
                 found = await trio.to_thread.run_sync(cache.document, digest)
                 known = None if found is None else (digest, found)
         try:
@@ -143,7 +147,7 @@ class Registry:
             verified(data, said, str(reference))
         await self._keep(digest, data)
         if cache is not None:
-            await trio.to_thread.run_sync(cache.keep_answer, question, {"digest": digest})
+            await trio.to_thread.run_sync(cache.keep_answer, origin, question, {"digest": digest})
         return digest, data
 
     async def _keep(self, digest: str, data: bytes) -> None:
@@ -180,8 +184,9 @@ class Registry:
             target = self._blobs[digest] = Target(f"{await self.base()}/blobs/{digest}")
         return target
 
-    async def blob(self, digest: str, size: int | None, name: str) -> HttpBlob:
-        """A blob to be read in ranges.  Asks the registry only where its size is not known."""
+    async def blob(self, digest: str, size: int | None, name: str, most: int) -> HttpBlob:
+        """A blob to be read in ranges; as a whole, from a registry that can't do them, where it has at
+        most ``most`` bytes.  Asks the registry only where its size is not known."""
         ranged = True
         if size is None:
             target = await self.locate(digest)
@@ -196,4 +201,5 @@ class Registry:
             name=name,
             authority=self.authority,
             ranged=ranged,
+            most=most,
         )

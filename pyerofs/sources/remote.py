@@ -3,7 +3,6 @@ time, where to keep it."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import AsyncGenerator
@@ -13,20 +12,30 @@ import trio
 
 from pyerofs.errors import IntegrityError, SourceError
 from pyerofs.sources.auth import BasicAuthority
-from pyerofs.sources.base import AsyncSource
+from pyerofs.sources.base import MAX_BLOB, AsyncSource, verifiable
+from pyerofs.sources.blobstore import BlobStore
 from pyerofs.sources.cached import CachedSource, Remote
 from pyerofs.sources.cachedir import CacheDir, temporary_file
+from pyerofs.sources.claim import Origin, origin_of
 from pyerofs.sources.credentials import Credentials
+from pyerofs.sources.digested import DigestedSource
 from pyerofs.sources.file import FileSource
-from pyerofs.sources.http import Found, HttpBlob, Version, discover, download
+from pyerofs.sources.http import (
+    Found,
+    HttpBlob,
+    Version,
+    discover,
+    download,
+    whole_is_too_large,
+)
 from pyerofs.sources.layout import Layout
 from pyerofs.sources.oci import Descriptor, resolve
 from pyerofs.sources.reference import parse_digest, parse_reference
 from pyerofs.sources.registry import Registry, patience
 from pyerofs.sources.spec import OCI, Access, SourceSpec
-from pyerofs.sources.store import COMPLETE, SEGMENT, MemoryStore, Store
+from pyerofs.sources.store import MEMORY_SEGMENTS, SEGMENT
 from pyerofs.sources.threaded import ThreadedSource
-from pyerofs.sources.transport import Target, Traffic, Transient, Transport
+from pyerofs.sources.transport import Pace, Target, Traffic, Transient, Transport
 from pyerofs.sources.unpack import NoRoom, unpack
 
 log = logging.getLogger("pyerofs")
@@ -36,7 +45,31 @@ async def open_remote(spec: SourceSpec, access: Access, nursery: trio.Nursery) -
     """A URL, a registry's layer or an OCI layout's, from its first byte.  Raises SourceError."""
     cache = await trio.to_thread.run_sync(_cache, access)
     if spec.is_layout:
-        return await _open_layout(spec, access, nursery, cache)
+        source = await _open_layout(spec, access, nursery, cache)
+    else:
+        source = await _open_far(spec, access, nursery, cache)
+    if access.verify and spec.verity is None:
+        try:
+            await _verify(source, access)
+        except BaseException:
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                await source.aclose()
+            raise
+    return source
+
+
+async def _verify(source: AsyncSource, access: Access) -> None:
+    """Check the digest of a source before any of its bytes is used.  Raises SourceError."""
+    digested = verifiable(source)
+    if digested is None:
+        raise SourceError(f"{source.name}: has no digest to verify it by (dm-verity has one)")
+    await digested.verify(access.progress)
+
+
+async def _open_far(
+    spec: SourceSpec, access: Access, nursery: trio.Nursery, cache: CacheDir | None
+) -> AsyncSource:
     transport = Transport(insecure=spec.insecure, cacert=spec.cacert)
     try:
         opener = _open_http if spec.is_http else _open_registry
@@ -65,23 +98,14 @@ def _cache(access: Access) -> CacheDir | None:
 
 def _cached(
     remote: Remote,
-    store: Store,
+    store: BlobStore,
     access: Access,
     nursery: trio.Nursery,
     cache: CacheDir | None,
-    *,
-    digest: str | None,
-    pinned: SourceSpec | None,
+    pinned: SourceSpec | None = None,
 ) -> CachedSource:
     source = CachedSource(
-        remote,
-        store,
-        nursery,
-        timeout=access.timeout,
-        rate=access.prefetch_rate,
-        digest=digest,
-        pinned=pinned,
-        on_growth=cache.evict if cache is not None else lambda: None,
+        remote, store, nursery, timeout=access.timeout, rate=access.prefetch_rate, pinned=pinned
     )
     if cache is not None:
         nursery.start_soon(_evict, cache)
@@ -93,6 +117,11 @@ async def _evict(cache: CacheDir) -> None:
         await trio.to_thread.run_sync(cache.evict)
     except OSError as e:
         log.warning("%s: can't be looked after: %s", cache.path, e.strerror)
+
+
+def _most(access: Access) -> int:
+    """How large something may be that can only be fetched whole, and has to be kept for that."""
+    return access.cache_limit if access.cache else MEMORY_SEGMENTS * SEGMENT
 
 
 # URLs --------------------------------------------------------------------------------------
@@ -113,7 +142,10 @@ async def _open_http(
             )
         authority = BasicAuthority(Credentials(spec.username, access.password or ""))
     target = Target(spec.what)
-    known = None if cache is None else await trio.to_thread.run_sync(_known, cache, spec.what)
+    claimant = origin_of(spec, spec.what)
+    known = None
+    if cache is not None:
+        known = await trio.to_thread.run_sync(_known, cache, claimant, spec.what)
     try:
         attempts, timeout = patience(access, known is not None)
         found = await discover(transport, target, authority, timeout, attempts)
@@ -125,41 +157,37 @@ async def _open_http(
     version = found.version
     if version is None or not (found.ranged or (cache is not None and version.identified)):
         return await _download(target, authority, transport, access, cache)
-    store: Store
+    if not found.ranged and version.size > _most(access):
+        raise SourceError(whole_is_too_large(spec.name, version.size))
     if cache is not None and version.identified:
-        key = _url_key(spec.what, version)
-        store = await trio.to_thread.run_sync(cache.store, key, version.size, spec.name)
+        what = "\n".join((version.etag or "", version.modified or ""))
+        store = await trio.to_thread.run_sync(cache.blob, claimant, what, version.size, spec.name)
         answer = {"size": version.size, "etag": version.etag, "modified": version.modified}
-        await trio.to_thread.run_sync(cache.keep_answer, spec.what, answer)
+        await trio.to_thread.run_sync(cache.keep_answer, claimant, spec.what, answer)
     else:
-        store = MemoryStore(version.size)
+        store = BlobStore(spec.name, version.size, None)
 
     async def locate() -> Target:
         return target
 
     blob = HttpBlob(
-        transport, locate, version, name=spec.name, authority=authority, ranged=found.ranged
-    )
-    source = _cached(blob, store, access, nursery, cache, digest=None, pinned=None)
-    source.seed(found.beginning)
+        transport, locate, version, name=spec.name, authority=authority, ranged=found.ranged,
+        most=_most(access),
+    )  # fmt: skip
+    source = _cached(blob, store, access, nursery, cache)
+    await trio.to_thread.run_sync(source.seed, found.beginning)
     return source
 
 
-def _known(cache: CacheDir, url: str) -> Found | None:
+def _known(cache: CacheDir, claimant: Origin, url: str) -> Found | None:
     """What was found when the URL was opened last."""
-    answer = cache.answer(url) or {}
+    answer = cache.answer(claimant, url) or {}
     size, etag, modified = answer.get("size"), answer.get("etag"), answer.get("modified")
-    if type(size) is not int or size <= 0:
+    if type(size) is not int or not 0 < size <= MAX_BLOB:
         return None
     if not all(v is None or isinstance(v, str) for v in (etag, modified)):
         return None
     return Found(Version(size, etag, modified), True, b"")
-
-
-def _url_key(url: str, version: Version) -> str:
-    """A version of a URL's content, as a name for the cache."""
-    text = "\n".join((url, version.etag or "", version.modified or "", str(version.size)))
-    return f"url:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 async def _download(
@@ -171,9 +199,14 @@ async def _download(
 ) -> AsyncSource:
     """Read it all, from a server that can't do ranges, into a file that nobody else sees."""
     log.info("%s: the server sends no parts, so all of it is fetched first", target.shown)
-    fd = temporary_file(cache.path if cache is not None else None)
+    fd = temporary_file(cache)
     try:
-        await download(transport, target, authority, fd, access.timeout, access.progress)
+        await download(
+            transport, target, authority, fd, access.timeout,
+            most=access.cache_limit,
+            room=cache.spool_room if cache is not None else lambda _: True,
+            progress=access.progress,
+        )  # fmt: skip
     except BaseException:
         os.close(fd)
         raise
@@ -192,7 +225,8 @@ async def _open_registry(
     cache: CacheDir | None,
 ) -> AsyncSource:
     reference = parse_reference(spec.what.removeprefix(OCI))
-    registry = Registry(transport, reference, spec, access, cache)
+    claimant = origin_of(spec, f"{reference.server}/{reference.repository}")
+    registry = Registry(transport, reference, spec, access, cache, claimant)
     wanted = None if spec.blob is None else parse_digest(spec.blob)
     chosen = await resolve(
         registry.document, str(reference), platform=spec.platform, layer=spec.layer, blob=wanted
@@ -203,21 +237,24 @@ async def _open_registry(
         blob=wanted if chosen.number is None else None,
     )  # fmt: skip
     layer = chosen.layer
+    most = _most(access)
     if layer is not None and layer.is_zstd:
-        blob = await registry.blob(layer.digest, layer.size, f"{place}@{layer.digest}")
+        name = f"{place}@{layer.digest}"
+        blob = await registry.blob(layer.digest, layer.size, name, MAX_BLOB)
         return await _open_zstd(layer, chosen.diff_id, blob, access, nursery, cache, pinned)
     digest = layer.digest if layer is not None else wanted
     assert digest is not None
     size = None if layer is None else layer.size
     if size is None and cache is not None:
         size = await trio.to_thread.run_sync(cache.known_size, digest)
-    blob = await registry.blob(digest, size, f"{place}@{digest}")
-    store: Store
+    blob = await registry.blob(digest, size, f"{place}@{digest}", most)
     if cache is not None:
-        store = await trio.to_thread.run_sync(cache.store, digest, blob.size, blob.name)
+        store = await trio.to_thread.run_sync(
+            cache.blob, claimant, digest, blob.size, blob.name, digest
+        )
     else:
-        store = MemoryStore(blob.size)
-    return _cached(blob, store, access, nursery, cache, digest=digest, pinned=pinned)
+        store = BlobStore(blob.name, blob.size, digest)
+    return _cached(blob, store, access, nursery, cache, pinned)
 
 
 # OCI layouts -------------------------------------------------------------------------------
@@ -238,7 +275,7 @@ async def _open_layout(
         file.close()
         raise IntegrityError(f"{file.name}: has {file.size} bytes, not {chosen.layer.size}")
     if chosen.layer is None or not chosen.layer.is_zstd:
-        return ThreadedSource(file)
+        return DigestedSource(file, digest)
     blob = _LocalBlob(file)
     return await _open_zstd(chosen.layer, chosen.diff_id, blob, access, nursery, cache, None)
 
@@ -255,7 +292,7 @@ class _LocalBlob:
         self._file = file
 
     async def stream(
-        self, start: int, end: int, deadline: float
+        self, start: int, end: int, pace: Pace
     ) -> AsyncGenerator[tuple[int, bytes], None]:
         while start < end:
             length = min(SEGMENT, end - start)
@@ -280,51 +317,39 @@ async def _open_zstd(
     pinned: SourceSpec | None,
 ) -> AsyncSource:
     """A layer that is a zstd stream: unpacked into the cache first, unless it is there already."""
-    if cache is None:
-        fd, _ = await unpack(blob, layer, diff_id, None, access)
-        await blob.aclose()
-        return ThreadedSource(FileSource(fd, name=blob.name))
     key = diff_id or f"unpacked-{layer.digest}"
-    while True:
+    while cache is not None:
+        store = await trio.to_thread.run_sync(cache.whole, key, blob.name)
+        if store is not None:
+            await blob.aclose()
+            return _cached(_Unpacked(blob.name, store.size), store, access, nursery, cache, pinned)
         with cache.alone(key) as alone:
-            size = await trio.to_thread.run_sync(cache.known_size, key)
-            if size is None and alone:
+            if alone:
+                fd, size = await _unpacked(layer, diff_id, blob, access, cache)
                 try:
-                    fd, size = await unpack(blob, layer, diff_id, cache.path, access)
-                except NoRoom:
-                    log.warning("%s: no room to unpack %s there", cache.path, blob.name)
-                    fd, size = await unpack(blob, layer, diff_id, None, access)
-                try:
-                    await trio.to_thread.run_sync(_adopt, cache, key, size, blob.name, fd)
+                    await trio.to_thread.run_sync(cache.keep, key, fd, size, blob.name)
                 except SourceError as e:
                     log.warning("%s; going on without the cache", e)
                     await blob.aclose()
-                    return ThreadedSource(FileSource(os.dup(fd), name=blob.name))
+                    return DigestedSource(FileSource(os.dup(fd), name=blob.name), None)
                 finally:
                     os.close(fd)
-        if size is not None:
-            break
-        await trio.sleep(0.2)  # another process is unpacking it
+        if not alone:
+            await trio.sleep(0.2)  # another process is unpacking it
+    fd, _ = await unpack(blob, layer, diff_id, None, access)
     await blob.aclose()
-    store = await trio.to_thread.run_sync(cache.store, key, size, blob.name)
-    return _cached(
-        _Unpacked(blob.name, size), store, access, nursery, cache, digest=diff_id, pinned=pinned
-    )
+    return DigestedSource(FileSource(fd, name=blob.name), None)
 
 
-def _adopt(cache: CacheDir, key: str, size: int, name: str, fd: int) -> None:
-    """Copy a file whose digest was verified into the cache.  Raises SourceError."""
-    store = cache.store(key, size, name)
+async def _unpacked(
+    layer: Descriptor, diff_id: str | None, blob: Remote, access: Access, cache: CacheDir
+) -> tuple[int, int]:
+    """A layer as a file without a name: in the cache, or elsewhere where that has no room."""
     try:
-        for number in range(store.count):
-            offset, length = store.extent(number)
-            store.put(number, os.pread(fd, length, offset))
-        store.sync()
-        store.set_state(COMPLETE)
-    except OSError as e:
-        raise SourceError(f"{cache.path}: {e.strerror}") from None
-    finally:
-        store.close()
+        return await unpack(blob, layer, diff_id, cache, access)
+    except NoRoom:
+        log.warning("%s: no room to unpack %s there", cache.path, blob.name)
+        return await unpack(blob, layer, diff_id, None, access)
 
 
 class _Unpacked:
@@ -338,11 +363,11 @@ class _Unpacked:
         self.traffic = Traffic()
 
     async def stream(
-        self, start: int, end: int, deadline: float
+        self, start: int, end: int, pace: Pace
     ) -> AsyncGenerator[tuple[int, bytes], None]:
         if start < end:
             raise IntegrityError(
-                f"{self.name}: what the cache holds at {start} is spoiled; open it again"
+                f"{self.name}: what the cache holds at {start} is damaged; open it again"
             )
         yield start, b""  # makes it a generator
 

@@ -47,7 +47,7 @@ class AsyncSlice:
     def __init__(self, inner: AsyncSource, offset: int) -> None:
         if offset < 0 or offset > inner.size:
             raise SourceError(f"{inner.name}: offset {offset} is outside its {inner.size} bytes")
-        self._inner = inner
+        self.inner = inner
         self._offset = offset
         self.size = inner.size - offset
         self.name = f"{inner.name} at {offset}"
@@ -58,28 +58,28 @@ class AsyncSlice:
     def peek(self, offset: int, length: int) -> Buffer | None:
         if not within(self.size, offset, length):
             return None
-        return self._inner.peek(self._offset + offset, length)
+        return self.inner.peek(self._offset + offset, length)
 
     def will_need(self, offset: int, length: int) -> None:
-        self._inner.will_need(self._offset + offset, length)
+        self.inner.will_need(self._offset + offset, length)
 
     @property
     def blocking(self) -> Source | None:
-        inner = self._inner.blocking
+        inner = self.inner.blocking
         return None if inner is None else SliceSource(inner, self._offset)
 
     @property
     def backing(self) -> tuple[int, int] | None:
-        found = self._inner.backing
+        found = self.inner.backing
         return None if found is None else (found[0], found[1] + self._offset)
 
     @property
     def quick(self) -> bool:
-        return self._inner.quick
+        return self.inner.quick
 
     async def read_at(self, offset: int, length: int) -> Buffer:
         check_range(self.name, self.size, offset, length)
-        return await self._inner.read_at(self._offset + offset, length)
+        return await self.inner.read_at(self._offset + offset, length)
 
     async def forget(self, offset: int, length: int) -> bool:
-        return await self._inner.forget(self._offset + offset, length)
+        return await self.inner.forget(self._offset + offset, length)

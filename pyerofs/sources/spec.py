@@ -137,7 +137,8 @@ class Access:
     """How remote sources are got at.
 
     ``timeout`` bounds, in seconds, each read with all its retries.  ``prefetch_rate`` bounds what is
-    fetched in the background, in bytes a second (None: as fast as it comes).  ``progress`` is called
+    fetched in the background, in bytes a second (None: as fast as it comes).  ``verify``: fetch all of
+    each blob and check its digest before any of it is used.  ``progress`` is called
     with (what, bytes done, bytes in all or 0) while opening waits for a download."""
 
     password: str | None = field(default=None, repr=False)
@@ -147,6 +148,7 @@ class Access:
     cache_limit: int = DEFAULT_CACHE_LIMIT
     prefetch: str = "metadata"
     prefetch_rate: int | None = None
+    verify: bool = False
     progress: Callable[[str, int, int], None] | None = None
 
 
@@ -260,6 +262,9 @@ _ACCESS: Mapping[str, Word] = {
         "WHAT", _prefetch, "what a mount or export fetches unasked: none, metadata (default) or all"
     ),
     "prefetch-rate": Word("SIZE", parse_size, "at most so many bytes a second of that"),
+    "verify": Word(
+        None, lambda _: True, "fetch all of it and check its digest before any of it is used"
+    ),
     "no-cache": Word(None, lambda _: True, "keep nothing on disk"),
 }
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Protocol, TypeVar
 from urllib.parse import urljoin, urlsplit
 
@@ -33,15 +35,20 @@ AsyncHTTP11Connection.READ_NUM_BYTES = 256 << 10
 
 T = TypeVar("T")
 
+# what httpx raises for a server's mistakes; ValueError: words that can't be a URL or a header
+_FAILURES = (httpx.HTTPError, httpx.InvalidURL, ValueError)
+
 MAX_CONNECTIONS = 8  # to one server; a registry serves others as well
 CONNECT_TIMEOUT = 10.0
 IDLE_TIMEOUT = 20.0  # seconds without a byte before a connection counts as dead
 MAX_REDIRECTS = 5
+PACE = 64 << 10  # bytes that a download has to bring within each timeout: a modem's line
 MAX_ATTEMPTS = 10  # in a row without any progress; the deadline usually ends it earlier
 KNOCKS = (
     4  # attempts to reach somebody when opening: a person waits, and may have misspelt the name
 )
 FIRST_DELAY, LONGEST_DELAY = 0.1, 5.0
+LONGEST_WAIT = 86400.0  # seconds that a server may ask us to wait
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -74,8 +81,25 @@ class Traffic:
     retries: int = 0
 
 
+class Pace:
+    """A scope for a download of unknown length: it is cancelled when it brings less than PACE bytes
+    within ``timeout`` seconds."""
+
+    def __init__(self, timeout: float) -> None:
+        self.scope = trio.CancelScope(deadline=trio.current_time() + timeout)
+        self._timeout = timeout
+        self._got = 0
+
+    def advance(self, n: int) -> None:
+        """Told that ``n`` bytes have come."""
+        self._got += n
+        if self._got >= PACE:
+            self._got = 0
+            self.scope.deadline = trio.current_time() + self._timeout
+
+
 class Authority(Protocol):
-    """Who knows what to say to a server that wants to know who we are."""
+    """Supplies credentials in answer to a server's challenge."""
 
     async def header(self) -> str | None:
         """The Authorization header for a request to the origin, if one is known to be needed."""
@@ -95,6 +119,16 @@ class Target:
     def shown(self) -> str:
         """The URL for messages: queries may hold signatures."""
         return self.url.partition("?")[0]
+
+
+def joined(base: str, url: str) -> str | None:
+    """A URL that a server sent, as seen from another one; None where it is no HTTP URL."""
+    try:
+        found = urljoin(base, url)
+        _ = origin(found)
+    except ValueError:
+        return None
+    return found if found.startswith(("http://", "https://")) else None
 
 
 def origin(url: str) -> tuple[str, str, int | None]:
@@ -119,6 +153,7 @@ class Transport:
                 max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS
             ),
             timeout=httpx.Timeout(IDLE_TIMEOUT, connect=CONNECT_TIMEOUT, pool=None),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # none are kept
             headers={"User-Agent": f"pyerofs/{__version__}", "Accept-Encoding": "identity"},
         )
 
@@ -177,15 +212,15 @@ class Transport:
         try:
             request = self._client.build_request("GET", location, headers=sent)
             return await self._client.send(request, stream=True)
-        except (httpx.HTTPError, httpx.InvalidURL) as e:
+        except _FAILURES as e:
             raise failure(target.shown, e) from None
 
     def _redirect(self, target: Target, asked: str, response: httpx.Response, hops: int) -> None:
         where = response.headers.get("location")
         if where is None or hops > MAX_REDIRECTS:
             raise SourceError(f"{target.shown}: redirected {hops} times, or to nowhere")
-        location = urljoin(asked, where)
-        if not location.startswith(("http://", "https://")):
+        location = joined(asked, where)
+        if location is None:
             raise SourceError(f"{target.shown}: redirected to something that is not HTTP")
         downgraded = asked.startswith("https:") and location.startswith("http:")
         if downgraded and not self.insecure:
@@ -203,7 +238,7 @@ class Transport:
             async for chunk in response.aiter_raw():
                 self.traffic.received += len(chunk)
                 yield chunk
-        except httpx.HTTPError as e:
+        except _FAILURES as e:
             raise failure(shown, e) from None
 
     async def document(
@@ -225,7 +260,7 @@ class Transport:
         try:
             request = self._client.build_request("POST", target.url, data=dict(form))
             response = await self._client.send(request, stream=True)
-        except (httpx.HTTPError, httpx.InvalidURL) as e:
+        except _FAILURES as e:
             raise failure(target.shown, e) from None
         try:
             if response.status_code != 200:
@@ -294,7 +329,7 @@ def failure(shown: str, e: Exception) -> SourceError:
         if isinstance(cause, ssl.SSLError) and "WRONG_VERSION" in str(cause.reason):
             return SourceError(f"{shown}: does not speak TLS; is it plain http (--insecure)?")
         cause = cause.__cause__ or cause.__context__
-    if isinstance(e, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
+    if isinstance(e, (httpx.UnsupportedProtocol, httpx.InvalidURL, ValueError)):
         return SourceError(f"{shown}: not a URL that can be fetched")
     if isinstance(e, httpx.TimeoutException):
         reason = "no connection" if isinstance(e, httpx.ConnectTimeout) else "no answer"
@@ -326,21 +361,23 @@ def _unwanted(target: Target, response: httpx.Response) -> SourceError:
 
 
 def _refusal(response: httpx.Response) -> str:
-    if response.status_code == 401:
-        return "credentials are needed, or these are wrong (401); try --username"
-    return "access is refused (403)"
+    if response.status_code != 401:
+        return "access is refused (403)"
+    if "authorization" in response.request.headers:
+        return "these credentials are refused (401)"
+    return "credentials are needed (401); try --username"
 
 
 def _retry_after(response: httpx.Response) -> float | None:
     """The header's seconds, or the seconds to its date."""
     value = response.headers.get("retry-after", "").strip()
-    if value.isdigit():
-        return float(min(int(value), 86400))
+    if re.fullmatch(r"[0-9]{1,9}", value):
+        return float(min(int(value), LONGEST_WAIT))
     try:
         when = parsedate_to_datetime(value)
         now = parsedate_to_datetime(response.headers["date"])
-        return max(0.0, (when - now).total_seconds())
-    except (ValueError, TypeError, KeyError):
+        return min(max(0.0, (when - now).total_seconds()), LONGEST_WAIT)
+    except (ValueError, TypeError, KeyError, OverflowError, IndexError):
         return None
 
 

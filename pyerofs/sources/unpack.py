@@ -6,9 +6,8 @@ A plain zstd stream can only be read from its start, so there is nothing lazy ab
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import BinaryIO, cast
 
@@ -16,9 +15,10 @@ import trio
 
 from pyerofs.errors import IntegrityError, SourceError
 from pyerofs.sources.cached import Remote
-from pyerofs.sources.cachedir import temporary_file
+from pyerofs.sources.cachedir import CacheDir, temporary_file
 from pyerofs.sources.oci import Descriptor
 from pyerofs.sources.spec import Access
+from pyerofs.sources.transport import Pace
 
 PIECE = 1 << 20
 MAX_WINDOW = 1 << 27  # of a zstd stream: what the format's own tools accept by default
@@ -31,14 +31,18 @@ class NoRoom(SourceError):
 class Unpacker:
     """Takes a stream of compressed pieces, writes what is in them, and keeps both digests."""
 
-    def __init__(self, fd: int, algorithm: str, name: str, limit: int) -> None:
+    def __init__(
+        self, fd: int, algorithms: tuple[str, str], name: str, room: Callable[[int], bool]
+    ) -> None:
+        """``algorithms``: of the digests before and after.  ``room``: whether so many more bytes may be
+        written."""
         import zstandard
 
         self.size = 0
         self._name = name
-        self._limit = limit
-        self.before = hashlib.new(algorithm)
-        self.after = hashlib.sha256()
+        self._room = room
+        self.before = hashlib.new(algorithms[0])
+        self.after = hashlib.new(algorithms[1])
         self._fd = fd
         self._error = zstandard.ZstdError
         # a writer hands on what it has piece by piece: a small input may hold gigabytes
@@ -55,11 +59,8 @@ class Unpacker:
 
     def write(self, data: bytes) -> int:
         """Called with what comes out."""
-        if self.size + len(data) > self._limit:
-            raise SourceError(
-                f"{self._name}: unpacks to more than the cache may hold ({self._limit} bytes;"
-                " --cache-limit)"
-            )
+        if not self._room(len(data)):
+            raise SourceError(f"{self._name}: unpacks to more than may be kept (--cache-limit)")
         self.after.update(data)
         out = memoryview(data)
         try:
@@ -76,35 +77,54 @@ async def unpack(
     blob: Remote,
     layer: Descriptor,
     diff_id: str | None,
-    directory: str | None,
+    cache: CacheDir | None,
     access: Access,
 ) -> tuple[int, int]:
-    """Decompress a layer into an unlinked file in a directory; its descriptor and length.
+    """Decompress a layer into a file without a name, in the cache if there is one; its descriptor and
+    length.
 
-    Both digests are verified; ``diff_id`` None: nobody knows what it should be.  At most
-    ``access.cache_limit`` bytes.  Raises SourceError."""
-    fd = temporary_file(directory)
-    algorithm = layer.digest.partition(":")[0]
+    Both digests are verified; ``diff_id`` None: nothing says what it should be.  At most
+    ``access.cache_limit`` bytes, as long as something comes.  Raises SourceError."""
+    fd = temporary_file(cache)
+    before, after = layer.digest.partition(":")[0], (diff_id or "sha256:").partition(":")[0]
     try:
-        unpacker = Unpacker(fd, algorithm, blob.name, access.cache_limit)
+        room = cache.spool_room if cache is not None else _at_most(access.cache_limit)
+        unpacker = Unpacker(fd, (before, after), blob.name, room)
+        pace = Pace(access.timeout)
         done = 0
-        async with (
-            aclosing(blob.stream(0, layer.size, math.inf)) as chunks,
-            aclosing(_gathered(chunks, blob.name)) as pieces,
-        ):
-            async for piece in pieces:
-                await trio.to_thread.run_sync(unpacker.feed, piece)
-                done += len(piece)
-                if access.progress is not None:
-                    access.progress(blob.name, done, layer.size)
-        if f"{algorithm}:{unpacker.before.hexdigest()}" != layer.digest:
+        with pace.scope:
+            async with (
+                aclosing(blob.stream(0, layer.size, pace)) as chunks,
+                aclosing(_gathered(chunks, blob.name)) as pieces,
+            ):
+                async for piece in pieces:
+                    await trio.to_thread.run_sync(unpacker.feed, piece)
+                    done += len(piece)
+                    pace.advance(len(piece))
+                    if access.progress is not None:
+                        access.progress(blob.name, done, layer.size)
+        if pace.scope.cancelled_caught:
+            raise SourceError(f"{blob.name}: nothing more came within {access.timeout:g} seconds")
+        if f"{before}:{unpacker.before.hexdigest()}" != layer.digest:
             raise IntegrityError(f"{blob.name}: is not what its digest says")
-        if diff_id is not None and f"sha256:{unpacker.after.hexdigest()}" != diff_id:
+        if diff_id is not None and f"{after}:{unpacker.after.hexdigest()}" != diff_id:
             raise IntegrityError(f"{blob.name}: unpacked, it does not have the digest {diff_id}")
         return fd, unpacker.size
     except BaseException:
         os.close(fd)
         raise
+
+
+def _at_most(limit: int) -> Callable[[int], bool]:
+    """Room for so many bytes, and no more."""
+    left = limit
+
+    def room(n: int) -> bool:
+        nonlocal left
+        left -= n
+        return left >= 0
+
+    return room
 
 
 async def _gathered(

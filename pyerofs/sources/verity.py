@@ -15,6 +15,7 @@ import logging
 import struct
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
@@ -208,7 +209,6 @@ class VeritySource:
         self.name = inner.name
         self.size = parameters.data_blocks * parameters.data_block_size
         self.pinned = inner.pinned
-        self.status = inner.status
         self._inner = inner
         self._hashes = hashes
         self._p = parameters
@@ -254,6 +254,9 @@ class VeritySource:
                 f"{self.name}: block {block} (offset {block * size}) is not what its hash tree says"
             )
         return memoryview(data)[offset - start : offset - start + length]
+
+    def status(self) -> dict[str, Any]:
+        return self._inner.status() | {"verified": True}
 
     async def forget(self, offset: int, length: int) -> bool:
         return await self._inner.forget(offset, length)

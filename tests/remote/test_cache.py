@@ -79,7 +79,7 @@ def wait_complete(what: str) -> None:
     with opened(what) as image:
         assert_all_right(read_pieces(image, BIG.content))
         for _ in range(200):
-            if "complete" in command("cache", "ls").stdout:
+            if "verified" in command("cache", "ls").stdout:
                 return
             time.sleep(0.05)
     pytest.fail("it was never complete")
@@ -149,10 +149,10 @@ class TestOffline:
 
 class TestSharing:
     def test_by_names(self, registry: tuple[Pretend, Server]) -> None:
-        """A blob is a blob, whatever repository it came from."""
+        """A verified blob is a blob, whatever repository it came from."""
         store, server = registry
         oci.publish(store, "other/name", "7", oci.image(BIG.image, note="another manifest"))
-        read_whole(f"oci://{server.authority}/app:1")
+        wait_complete(f"oci://{server.authority}/app:1")
         server.forget()
         read_whole(f"oci://{server.authority}/other/name:7")
         assert server.of("/blobs/") == []

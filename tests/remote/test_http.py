@@ -21,7 +21,7 @@ from pyerofs.errors import (
     ErofsError,
     SourceError,
 )
-from pyerofs.sources.store import DiskStore
+from pyerofs.sources.store import Claimed
 from tests.handmade import noise
 from tests.helpers import entries_of, every_image
 from tests.manifests import Manifest, differences
@@ -187,13 +187,13 @@ class TestServersWithoutRanges:
     def test_two_downloads_at_once(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         """Two ranges are under way when the server forgets what ranges are: both answers bring
         everything, and segments come while those of the other are still being written."""
-        put = DiskStore.put
+        put = Claimed.put
 
         def slowly(*words: Any) -> None:
             time.sleep(0.02)
             put(*words)
 
-        monkeypatch.setattr(DiskStore, "put", slowly)
+        monkeypatch.setattr(Claimed, "put", slowly)
         content = big().content
         with opened(url_of(server)) as image:
             both = threading.Barrier(2)

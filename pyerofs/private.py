@@ -1,0 +1,159 @@
+"""Directories that only their owner can change, and the files in them.
+
+What other users of this machine may have planted is found here: every name is opened relative to a
+directory that is open already, never through a link, and what was opened is checked to be of the right
+type and owner before it is used.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+class Untrusted(OSError):
+    """Somebody else's file or directory, or one that others can change."""
+
+    def __init__(self, why: str, name: str) -> None:
+        super().__init__(errno.EPERM, why, name)
+
+
+class PrivateDirectory:
+    """An open directory of one owner.  Methods block and raise OSError; Untrusted for what is not ours.
+
+    The descriptor is closed with the object."""
+
+    def __init__(self, fd: int, path: str, owner: int) -> None:
+        """Takes over ``fd``.  ``path``: for messages.  Raises Untrusted."""
+        self.fd = fd
+        self.path = path
+        self.owner = owner
+        try:
+            _check(os.fstat(fd), owner, path)
+        except OSError:
+            self.close()
+            raise
+
+    @classmethod
+    def open(cls, path: str, *, create: bool = True, owner: int | None = None) -> PrivateDirectory:
+        """The directory at a path, made with mode 0700 where it is missing and ``create`` says so.
+
+        A link at the path's end is followed only where it belongs to ``owner`` (by default us)."""
+        owner = os.geteuid() if owner is None else owner
+        if create:
+            os.makedirs(os.path.dirname(path) or "/", exist_ok=True)
+            _make(path, None)
+        found = os.lstat(path)
+        if stat.S_ISLNK(found.st_mode) and found.st_uid != owner:
+            raise Untrusted(f"is a link that belongs to uid {found.st_uid}", path)
+        follow = 0 if stat.S_ISLNK(found.st_mode) else os.O_NOFOLLOW
+        return cls(os.open(path, _DIRECTORY | follow), path, owner)
+
+    def subdirectory(self, name: str, *, create: bool = True) -> PrivateDirectory:
+        """A directory in this one, of the same owner; never through a link."""
+        if create:
+            _make(name, self.fd)
+        path = os.path.join(self.path, name)
+        fd = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd)
+        return PrivateDirectory(fd, path, self.owner)
+
+    def open_file(self, name: str, flags: int) -> int:
+        """The descriptor of a regular file in it, made with mode 0600 where ``flags`` say O_CREAT.
+
+        Never waits, as opening a fifo would."""
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+        path = os.path.join(self.path, name)
+        try:
+            fd = os.open(name, flags, 0o600, dir_fd=self.fd)
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, path) from None
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise Untrusted("is no regular file", path)
+            _check(status, self.owner, path)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
+
+    def names(self) -> list[str]:
+        """The names in it, in no order."""
+        return os.listdir(self.fd)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """At most ``limit`` bytes of a file in it."""
+        fd = self.open_file(name, os.O_RDONLY)
+        with open(fd, "rb") as f:
+            return f.read(limit)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Make or replace a file in it: as a whole, or not at all."""
+        temporary = f".new-{secrets.token_hex(8)}"
+        fd = self.open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            with open(fd, "wb") as f:
+                f.write(data)
+            self.rename(temporary, self, name)
+        except OSError:
+            self.unlink(temporary)
+            raise
+
+    def rename(self, name: str, to: PrivateDirectory, new_name: str) -> None:
+        """Move a file, over one that exists."""
+        os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=to.fd)
+
+    def unlink(self, name: str) -> bool:
+        """Remove a name; whether it was there.  Links are removed, not followed."""
+        try:
+            os.unlink(name, dir_fd=self.fd)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def unlink_same(self, name: str, fd: int) -> None:
+        """Remove a name if it still leads to the file that is open as ``fd``.  Best effort."""
+        try:
+            if os.path.samestat(os.stat(name, dir_fd=self.fd, follow_symlinks=False), os.fstat(fd)):
+                os.unlink(name, dir_fd=self.fd)
+        except OSError:
+            pass
+
+    def temporary(self) -> int:
+        """The descriptor of a new file without a name."""
+        try:
+            return os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+        except OSError:  # not every file system can do that
+            name = f".new-{secrets.token_hex(8)}"
+            fd = self.open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            self.unlink(name)
+            return fd
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _make(name: str, parent: int | None) -> None:
+    try:
+        os.mkdir(name, 0o700, dir_fd=parent)
+    except FileExistsError:
+        pass
+
+
+def _check(status: os.stat_result, owner: int, path: str) -> None:
+    """Raise Untrusted unless only the owner can change something."""
+    if status.st_uid != owner:
+        raise Untrusted(f"belongs to uid {status.st_uid}, not to {owner}", path)
+    if status.st_mode & _OTHERS_WRITE:
+        mode = stat.S_IMODE(status.st_mode)
+        raise Untrusted(f"others can write to it (mode {mode:04o})", path)
