@@ -418,9 +418,12 @@ class AsyncImage:
         """(path, directories, others) of each directory below ``top``, parents first; the lists
         hold (name, Inode).  What the caller removes from the directories is not entered."""
         start = await self.lookup(top)
-        trail = tree.Trail(tree.decode(tree.encode(top)), start)
+        above = tree.decode(tree.encode(top))
+        trail = tree.Trail(start)
         while (step := trail.next()) is not None:
-            path, here = step
+            place, here = step
+            below = tree.decode(place.path())
+            path = f"{above.rstrip('/')}/{below}" if below else above
             directories: list[tuple[str, Inode]] = []
             others: list[tuple[str, Inode]] = []
             async with aclosing(self.scandir(here)) as entries:
@@ -429,7 +432,7 @@ class AsyncImage:
                     found = directories if inode.is_dir else others
                     found.append((tree.decode(entry.name), inode))
             yield path, directories, others
-            trail.enter(directories)
+            trail.enter([(tree.encode(name), inode) for name, inode in directories])
 
     # file data --------------------------------------------------------------------------
 

@@ -57,14 +57,19 @@ def open(
 class DirEntry:
     """An entry of a directory, like os.DirEntry."""
 
-    __slots__ = ("_image", "_inode", "dirent", "name", "path")
+    __slots__ = ("_image", "_inode", "_parent", "dirent", "name")
 
     def __init__(self, image: Image, parent: str, dirent: Dirent) -> None:
         self._image = image
         self._inode: Inode | None = None
         self.dirent = dirent
         self.name = tree.decode(dirent.name)
-        self.path = f"{parent.rstrip('/')}/{self.name}"
+        self._parent = parent
+
+    @property
+    def path(self) -> str:
+        """Where it is: below what was listed."""
+        return f"{self._parent.rstrip('/')}/{self.name}"
 
     @property
     def inode(self) -> Inode:
@@ -112,6 +117,11 @@ class Image:
     def superblock(self) -> superblock.Superblock:
         """What the superblock says: block size, features, label, times, devices …"""
         return self.volume.sb
+
+    @property
+    def backing(self) -> tuple[int, int] | None:
+        """(descriptor, offset) of the file that the primary device is, if it is one."""
+        return self._sources[0].backing
 
     def close(self) -> None:
         """Close what the image is read from.  Idempotent."""
@@ -196,16 +206,19 @@ class Image:
 
         Like os.walk, with DirEntries: what the caller removes from the list of directories is not
         entered.  A directory that contains itself (a hostile image) raises CorruptImage."""
-        trail = tree.Trail(tree.decode(tree.encode(top)), self.lookup(top))
+        above = tree.decode(tree.encode(top))
+        trail = tree.Trail(self.lookup(top))
         while (step := trail.next()) is not None:
-            path, here = step
+            place, here = step
+            below = tree.decode(place.path())
+            path = f"{above.rstrip('/')}/{below}" if below else above
             directories: list[DirEntry] = []
             others: list[DirEntry] = []
             for dirent in tree.entries(self.volume, here):
                 entry = DirEntry(self, path, dirent)
                 (directories if entry.is_dir() else others).append(entry)
             yield path, directories, others
-            trail.enter([(e.name, e.inode) for e in directories])
+            trail.enter([(e.dirent.name, e.inode) for e in directories])
 
     # file data --------------------------------------------------------------------------
 

@@ -94,15 +94,14 @@ async def paths_of(image: AsyncImage, nids: Collection[int]) -> list[str]:
     """Where inodes are found in the tree, in the order of ``nids``.  Raises ErofsError."""
     wanted = set(nids)
     found: dict[int, str] = {}
-    trail = tree.Trail("/", image.root)
+    trail = tree.Trail(image.root)
     while len(found) < len(wanted) and (step := trail.next()) is not None:
-        path, here = step
-        directories: list[tuple[str, Inode]] = []
+        place, here = step
+        directories: list[tuple[bytes, Inode]] = []
         async for entry in image.scandir(here):
-            name = tree.decode(entry.name)
             if entry.nid in wanted:
-                found.setdefault(entry.nid, f"{path.rstrip('/')}/{name}")
+                found.setdefault(entry.nid, "/" + tree.decode(place.path(entry.name)))
             if entry.file_type == DIRECTORY:
-                directories.append((name, await image.inode(entry.nid)))
+                directories.append((entry.name, await image.inode(entry.nid)))
         trail.enter(directories)
     return [found[nid] for nid in nids if nid in found]

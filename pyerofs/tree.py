@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import stat as st
-from collections.abc import Iterator
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, NoReturn, TypeAlias
 
 from pyerofs import directory, xattr
 from pyerofs import inode as inodes
@@ -30,6 +30,9 @@ from pyerofs.volume import Volume
 MAX_SYMLINKS = 40  # as Linux has it
 MAX_KNOWN = 8192  # names with their inodes that path look-ups remember: some MiB
 MAX_TARGET = 4096  # bytes of a link's target: PATH_MAX
+MAX_DISORDER = 100  # entries of a directory that are passed over one by one
+MAX_PATH = 4096  # bytes of a path that people are shown in full
+ENDS = 14  # names that they are shown of a longer one: as many of 255 bytes as there is room for
 
 PathLike: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -143,38 +146,115 @@ def link_target(vol: Volume, inode: Inode) -> bytes:
 
 
 def entries(vol: Volume, parent: Inode) -> Iterator[Dirent]:
-    """The entries of a directory without ``.`` and ``..``."""
+    """The entries of a directory without ``.`` and ``..``.
+
+    Raises CorruptImage where a name does not come after the one before it: look-ups could not find it,
+    and a small image could show the same names over and over."""
+    return orderly_entries(vol, parent, _give_up)
+
+
+def orderly_entries(
+    vol: Volume, parent: Inode, complain: Callable[[CorruptImage], object]
+) -> Iterator[Dirent]:
+    """The same without those that are out of order; ``complain`` is told of each.  Raises CorruptImage
+    where there are too many of them to go on."""
     if not parent.is_dir:
         raise NotADirectory(f"nid {parent.nid}")
+    last = b""
+    bad = 0
     for entry in directory.entries(vol, parent):
-        if entry.name != b"." and entry.name != b"..":
+        if entry.name <= last:
+            error = disorder(entry.name, last, parent)
+            bad += 1
+            if bad > MAX_DISORDER:
+                raise error
+            complain(error)
+            continue
+        last = entry.name
+        if last != b"." and last != b"..":
             yield entry
+
+
+def _give_up(error: CorruptImage) -> NoReturn:
+    raise error
+
+
+def disorder(name: bytes, last: bytes, parent: Inode) -> CorruptImage:
+    """What is wrong with a name that does not come after the one before it."""
+    return CorruptImage(f"entry {name!r} after {last!r}", nid=parent.nid)
+
+
+class Place:
+    """A directory on a walk: its name, and the place it is in.
+
+    Paths are made when they are wanted: kept, those of a deep tree would fill the memory."""
+
+    __slots__ = ("depth", "name", "parent")
+
+    def __init__(self, parent: Place | None = None, name: bytes = b"") -> None:
+        self.parent = parent
+        self.name = name
+        self.depth: int = 0 if parent is None else parent.depth + 1
+
+    def names(self) -> list[bytes]:
+        """From the top down."""
+        found = []
+        here: Place = self
+        while here.parent is not None:
+            found.append(here.name)
+            here = here.parent
+        return found[::-1]
+
+    def path(self, name: bytes = b"") -> bytes:
+        """The path of something in it: without a slash in front."""
+        return b"/".join([*self.names(), name] if name else self.names())
+
+    def shown(self, name: bytes = b"") -> bytes:
+        """The same for people: of a path that no system call takes, the beginning and the end."""
+        names = self.names()
+        if self.depth > ENDS and sum(map(len, names)) + len(names) > MAX_PATH:
+            names = [*names[: ENDS // 2], b"[...]", *names[-ENDS // 2 :]]
+        return b"/".join([*names, name] if name else names)
 
 
 class Trail:
     """The directories still to visit on a walk, parents before children, each below its own.
 
-    ``next`` gives one, with its path; ``enter`` adds the directories found in that one."""
+    ``next`` gives one, with its place; ``enter`` adds the directories found in that one."""
 
-    def __init__(self, path: str, start: Inode) -> None:
-        self._todo: list[tuple[str, Inode]] = [(path, start)]
-        self._path = ""
+    def __init__(self, start: Inode) -> None:
+        self._todo: list[tuple[Place, Inode]] = [(Place(), start)]
+        self._here = Place()
         self._seen: set[int] = set()
 
-    def next(self) -> tuple[str, Inode] | None:
+    def next(self) -> tuple[Place, Inode] | None:
         """The next directory, or None at the end.  Raises CorruptImage where one is reached a second
         time: no image has that, and inside itself it would have no end."""
         if not self._todo:
             return None
-        self._path, here = self._todo.pop()
+        self._here, here = self._todo.pop()
         once(self._seen, here)
-        return self._path, here
+        return self._here, here
 
-    def enter(self, directories: list[tuple[str, Inode]]) -> None:
+    def enter(self, directories: list[tuple[bytes, Inode]]) -> None:
         """Visit these, found in the directory that ``next`` gave last."""
-        base = self._path.rstrip("/")
         for name, inode in reversed(directories):
-            self._todo.append((f"{base}/{name}", inode))
+            self._todo.append((Place(self._here, name), inode))
+
+
+def walk(vol: Volume, start: Inode) -> Iterator[tuple[Place, Dirent, Inode]]:
+    """Everything below a directory, entry by entry, with the place it is in: the rest of a directory
+    comes before what is below it.  Raises CorruptImage."""
+    trail = Trail(start)
+    while (step := trail.next()) is not None:
+        place, here = step
+        directories = []
+        for entry in entries(vol, here):
+            inode = inodes.load(vol, entry.nid)
+            yield place, entry, inode
+            if inode.is_dir:
+                directories.append((entry.name, inode))
+        trail.enter(directories)
 
 
 def once(seen: set[int], directory: Inode) -> None:

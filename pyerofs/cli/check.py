@@ -9,10 +9,12 @@ filter; every pcluster must decode to its length.  Problems are collected, not f
 from __future__ import annotations
 
 import argparse
+import stat
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from pyerofs import data, directory, tree, xattr
+from pyerofs import data, directory, ondisk, tree, xattr
 from pyerofs import inode as inodes
 from pyerofs.cli.common import open_image, print_json, printable
 from pyerofs.cli.workers import Threads, Workers, WorkersEnded, hire
@@ -21,16 +23,25 @@ from pyerofs.extent import extents
 from pyerofs.image import Image
 from pyerofs.model import HOLE, Dirent, Inode
 from pyerofs.progress import Progress
+from pyerofs.tree import Place
 
 PIECE = 4 << 20
 BATCH_FILES = 64
 BATCH_BYTES = 8 << 20
-MAX_BAD_BLOCKS = 100  # of a directory, before the rest of it is left alone
+MAX_BAD = 100  # blocks or entries of a directory, before the rest of it is left alone
 MAX_PROBLEMS = 10_000  # beyond that, more detail helps nobody
 
 # what stat's file types are called in directory entries
-_FILE_TYPES = {0o100000: 1, 0o040000: 2, 0o020000: 3, 0o060000: 4, 0o010000: 5, 0o140000: 6,
-               0o120000: 7}  # fmt: skip
+FILE_TYPES = {
+    stat.S_IFREG: ondisk.FT_REG_FILE, stat.S_IFDIR: ondisk.FT_DIR, stat.S_IFCHR: ondisk.FT_CHRDEV,
+    stat.S_IFBLK: ondisk.FT_BLKDEV, stat.S_IFIFO: ondisk.FT_FIFO, stat.S_IFSOCK: ondisk.FT_SOCK,
+    stat.S_IFLNK: ondisk.FT_SYMLINK,
+}  # fmt: skip
+
+
+def _shown(place: Place, name: bytes = b"") -> str:
+    """How a problem calls a path."""
+    return "/" + tree.decode(place.shown(name))
 
 
 def check(args: argparse.Namespace) -> int:
@@ -80,7 +91,8 @@ class Problem:
         return f" ({', '.join(parts)})" if parts else ""
 
 
-Batch = tuple[str, list[tuple[str, int]]]  # what precedes the names, names and nids
+# a directory for messages (None: of no directory), names in it and nids
+Batch = tuple[bytes | None, list[tuple[bytes, int]]]
 Found = tuple[list[Problem], int]
 
 
@@ -95,7 +107,7 @@ class Checker:
         self._progress = progress
         self._lock = threading.Lock()
         self._links: dict[int, int] = {}  # nid -> names found
-        self._inodes: dict[int, tuple[str, int]] = {}  # nid of files with several links
+        self._inodes: dict[int, tuple[Place, bytes, int]] = {}  # first name and link count, by nid
         self.problems: list[Problem] = []
         self.inodes = 0
         self.bytes = 0
@@ -114,9 +126,11 @@ class Checker:
             self.problems += problems
             self.bytes += size
         del self.problems[MAX_PROBLEMS:]
-        for nid, (path, nlink) in self._inodes.items():
+        for nid, (place, name, nlink) in self._inodes.items():
             if self._links[nid] != nlink:
-                self._add(path, f"link count {nlink}, {self._links[nid]} names found", nid)
+                self._add(
+                    _shown(place, name), f"link count {nlink}, {self._links[nid]} names found", nid
+                )
 
     def _found(self) -> tuple[list[Problem], int]:
         return self.problems, self.bytes
@@ -134,10 +148,11 @@ class Checker:
 
     def _walk(self) -> None:
         root = self._image.root
-        stack: list[tuple[str, Inode, int]] = [("", root, root.nid)]
+        stack: list[tuple[Place, Inode, int]] = [(Place(), root, root.nid)]
         seen: set[int] = set()
         while stack:
-            path, here, parent = stack.pop()
+            place, here, parent = stack.pop()
+            path = _shown(place)
             self.inodes += 1
             self._progress.advance()
             try:
@@ -147,45 +162,45 @@ class Checker:
                 continue
             self._xattrs(path, here)
             subdirectories = 0
-            batch: list[tuple[str, int]] = []
+            batch: list[tuple[bytes, int]] = []
             size = 0
             for entry in self._entries(path, here, parent):
-                name = tree.decode(entry.name)
-                child_path = f"{path}/{name}"
                 try:
                     child = inodes.load(self._vol, entry.nid)
                 except ErofsError as e:
-                    self._caught(child_path, e, entry.nid)
+                    self._caught(_shown(place, entry.name), e, entry.nid)
                     continue
-                if _FILE_TYPES[child.mode & 0o170000] != entry.file_type:
+                if FILE_TYPES[child.mode & 0o170000] != entry.file_type:
                     found = tree.file_type(child)
                     self._add(
-                        child_path, f"entry of type {entry.file_type} for a {found}", child.nid
+                        _shown(place, entry.name),
+                        f"entry of type {entry.file_type} for a {found}",
+                        child.nid,
                     )
                 if child.is_dir:
                     subdirectories += 1
-                    stack.append((child_path, child, here.nid))
+                    stack.append((Place(place, entry.name), child, here.nid))
                     continue
                 names = self._links.get(child.nid, 0)
                 self._links[child.nid] = names + 1
                 if names:
                     continue
-                self._inodes[child.nid] = (child_path, child.nlink)
-                batch.append((name, child.nid))
+                self._inodes[child.nid] = (place, entry.name, child.nlink)
+                batch.append((entry.name, child.nid))
                 size += child.size
                 if len(batch) >= BATCH_FILES or size >= BATCH_BYTES:
-                    self._submit(f"{path}/", batch)
+                    self._submit(place.shown(), batch)
                     batch, size = [], 0
-            self._submit(f"{path}/", batch)
+            self._submit(place.shown(), batch)
             if here.nlink != subdirectories + 2 and here.nlink != 1:
                 self._add(
                     path, f"link count {here.nlink}, {subdirectories} subdirectories", here.nid
                 )
 
-    def _entries(self, path: str, here: Inode, parent: int) -> list[Dirent]:
-        """The entries of a directory but ``.`` and ``..``, which are checked here."""
-        found: list[Dirent] = []
-        last = b""
+    def _entries(self, path: str, here: Inode, parent: int) -> Iterator[Dirent]:
+        """The entries of a directory but ``.`` and ``..``, which are checked here.  Where too much of it
+        is out of order or makes no sense, the rest is passed over."""
+        last = highest = b""
         bad = 0
         dots = set()
         for index in range(-(-here.size // self._vol.sb.directory_block_size)):
@@ -193,13 +208,13 @@ class Checker:
                 block = directory.block_entries(self._vol, here, index)
             except ErofsError as e:
                 self._caught(path, e, here.nid)
+                block = []
                 bad += 1
-                if bad < MAX_BAD_BLOCKS:
-                    continue
-                break
             for entry in block:
-                if entry.name <= last:
-                    self._add(path, f"entry {entry.name!r} after {last!r}", here.nid)
+                if entry.name <= last or entry.name == highest:
+                    self._caught(path, tree.disorder(entry.name, last, here), here.nid)
+                    bad += 1
+                highest = max(highest, entry.name)
                 last = entry.name
                 if entry.name in (b".", b".."):
                     dots.add(entry.name)
@@ -207,31 +222,34 @@ class Checker:
                         name = entry.name.decode()
                         self._add(path, f"'{name}' leads to nid {entry.nid}", here.nid)
                 else:
-                    found.append(entry)
+                    yield entry
+            if bad >= MAX_BAD:
+                break
         for dot in (b".", b".."):
             if dot not in dots and not (dot == b"." and here.dot_omitted):
                 self._add(path, f"no '{dot.decode()}' entry", here.nid)
-        return found
 
     def _special(self) -> None:
         """The inodes that no directory leads to."""
         sb = self._vol.sb
-        for name, nid in (("<packed inode>", sb.packed_nid), ("<metabox inode>", sb.metabox_nid)):
+        for name, nid in ((b"<packed inode>", sb.packed_nid), (b"<metabox inode>", sb.metabox_nid)):
             if nid:
-                self._submit("", [(name, nid)])
+                self._submit(None, [(name, nid)])
 
-    def _submit(self, here: str, names: list[tuple[str, int]]) -> None:
+    def _submit(self, here: bytes | None, names: list[tuple[bytes, int]]) -> None:
         if names:
             self._workers.submit((here, names))
             self.inodes += len(names)
             self._progress.advance(len(names))
 
-    def _batch(self, batch: Batch) -> None:
+    def _batch(self, batch: Batch, fd: int) -> None:
         """What workers do."""
         here, names = batch
         total = 0
         for name, nid in names:
-            path = here + name
+            path = tree.decode(
+                name if here is None else b"/%s/%s" % (here, name) if here else b"/" + name
+            )
             try:
                 inode = inodes.load(self._vol, nid)
             except ErofsError as e:

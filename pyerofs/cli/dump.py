@@ -8,17 +8,34 @@ files refer to is listed once, with how many do.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from pyerofs import inode as inodes
-from pyerofs import ondisk, xattr, zmap
+from pyerofs import ondisk, tree, xattr, zmap
 from pyerofs.cli.common import open_image, print_json, printable
-from pyerofs.errors import ErofsError
+from pyerofs.errors import CorruptImage, ErofsError
 from pyerofs.extent import extents
 from pyerofs.image import Image
 from pyerofs.model import ENCODED, FRAGMENT, META, PLAIN, Inode
+from pyerofs.tree import Place
 from pyerofs.units import format_size
+from pyerofs.volume import Volume
+
+PIECE = 1 << 20
+
+
+class Named(NamedTuple):
+    """Something in the tree; its path is made when it is wanted."""
+
+    place: Place
+    name: bytes
+    before: str = ""  # what a detail starts with
+
+    def __str__(self) -> str:
+        return f"{self.before}/{tree.decode(self.place.shown(self.name))}"
 
 
 class Region(NamedTuple):
@@ -27,7 +44,11 @@ class Region(NamedTuple):
     start: int
     end: int
     what: str
-    detail: str = ""
+    detail: str | Named = ""
+
+    @property
+    def order(self) -> tuple[int, int, str]:
+        return self[:3]
 
 
 def dump(args: argparse.Namespace) -> int:
@@ -35,11 +56,13 @@ def dump(args: argparse.Namespace) -> int:
     with open_image(args) as image:
         regions = list(account(image))
     if args.json:
-        print_json([r._asdict() for r in regions])
+        print_json([r._asdict() | {"detail": str(r.detail)} for r in regions])
         return 0
     totals: dict[str, int] = {}
     for r in regions:
-        print(f"{r.start:#012x} {r.end - r.start:>10} {r.what:<22} {printable(r.detail)}".rstrip())
+        print(
+            f"{r.start:#012x} {r.end - r.start:>10} {r.what:<22} {printable(str(r.detail))}".rstrip()
+        )
         totals[r.what] = totals.get(r.what, 0) + r.end - r.start
     print()
     for what, n in sorted(totals.items(), key=lambda item: -item[1]):
@@ -51,7 +74,8 @@ def account(image: Image) -> Iterator[Region]:
     """All regions of the primary device by their start, gaps included."""
     size = image.volume.memory.sizes[0]
     at = 0
-    for region in _merge(sorted(_within(r, size) for r in _claims(image))):
+    claims = sorted((_within(r, size) for r in _claims(image)), key=lambda r: r.order)
+    for region in _merge(claims):
         if region.start > at:
             yield from _gap(image, at, region.start)
         yield region
@@ -73,7 +97,7 @@ def _merge(regions: list[Region]) -> Iterator[Region]:
     held: Region | None = None
     users = 0
     for region in regions:
-        if held is not None and region[:3] == held[:3]:
+        if held is not None and region.order == held.order:
             users += 1
             continue
         if held is not None:
@@ -91,18 +115,31 @@ def _shared(region: Region, users: int) -> Region:
 
 def _gap(image: Image, start: int, end: int) -> Iterator[Region]:
     """What nothing claims: zeros are padding, else the rest of a block is slack."""
-    zero = True
-    for at in range(start, end, 1 << 20):
-        piece = bytes(image.volume.memory.raw(0, at, min(1 << 20, end - at)))
-        if piece.strip(b"\0"):
-            zero = False
-            break
-    if zero:
+    if _is_zero(image, start, end):
         yield Region(start, end, "padding")
         return
     # what mkfs had in its buffer may be left in the rest of a block
     slack = end - start <= -start % image.superblock.block_size
     yield Region(start, end, "slack" if slack else "unaccounted")
+
+
+def _is_zero(image: Image, start: int, end: int) -> bool:
+    """Whether a range is zeros.  What a file does not store is not read."""
+    at = start
+    while at < end:
+        if image.backing is not None:
+            fd, base = image.backing
+            try:
+                at = max(at, os.lseek(fd, base + at, os.SEEK_DATA) - base)
+            except OSError as e:
+                if e.errno == errno.ENXIO:
+                    return True  # only holes from here on
+            if at >= end:
+                return True
+        if bytes(image.volume.memory.raw(0, at, min(PIECE, end - at))).strip(b"\0"):
+            return False
+        at += PIECE
+    return True
 
 
 def _claims(image: Image) -> Iterator[Region]:
@@ -133,15 +170,32 @@ def _claims(image: Image) -> Iterator[Region]:
             length = int.from_bytes(vol.memory.bytes_at(0, at, 2), "little")
             yield Region(at, at + 2 + length, "xattr name prefix", str(number))
             at += 2 + length
+    budget = Budget(vol)
     for path, inode in _inodes(image):
         try:
-            yield from _inode(image, path, inode)
+            yield from _inode(image, path, inode, budget)
         except ErofsError as e:
             at = vol.inode_position(inode.nid)[1]
             yield Region(at, at, "error", f"{path}: {e}")
 
 
-def _inodes(image: Image) -> Iterator[tuple[str, Inode]]:
+class Budget:
+    """How many extents there can be: each takes a byte of metadata at least, unless tables overlap, and
+    then a small image has more of them than anybody can list."""
+
+    def __init__(self, vol: Volume) -> None:
+        self._left = vol.memory.sizes[0] + (vol.metabox.size if vol.metabox is not None else 0)
+
+    def spend(self, n: int, inode: Inode) -> None:
+        """Raises CorruptImage where there can't be so many."""
+        self._left -= n
+        if self._left < 0:
+            raise CorruptImage(
+                "more extents than the image can describe: tables overlap", nid=inode.nid
+            )
+
+
+def _inodes(image: Image) -> Iterator[tuple[str | Named, Inode]]:
     """Each inode once, with (one of) its paths."""
     vol = image.volume
     if vol.metabox is not None:
@@ -150,18 +204,19 @@ def _inodes(image: Image) -> Iterator[tuple[str, Inode]]:
         yield "<packed inode>", inodes.load(vol, vol.sb.packed_nid)
     yield "/", image.root
     seen: set[int] = set()
-    for _, directories, others in image.walk():
-        for entry in directories + others:
-            if entry.dirent.nid not in seen:
-                seen.add(entry.dirent.nid)
-                yield entry.path, entry.inode
+    for place, entry, inode in tree.walk(vol, image.root):
+        if entry.nid not in seen:
+            seen.add(entry.nid)
+            yield Named(place, entry.name), inode
 
 
-def _inode(image: Image, path: str, inode: Inode) -> Iterator[Region]:
+def _inode(image: Image, path: str | Named, inode: Inode, budget: Budget) -> Iterator[Region]:
     vol = image.volume
     _, at = vol.inode_position(inode.nid)
     if inode.device == 0:  # inside the metabox, offsets are not those of the image
-        yield Region(at, inode.xattrs, "inode", f"nid {inode.nid} {path}")
+        nid = f"nid {inode.nid} "
+        detail = nid + path if isinstance(path, str) else path._replace(before=nid)
+        yield Region(at, inode.xattrs, "inode", detail)
         if inode.xattr_size:
             yield Region(inode.xattrs, inode.data, "inline xattrs", path)
     for device, start, size in xattr.shared_ranges(vol, inode):
@@ -181,6 +236,7 @@ def _inode(image: Image, path: str, inode: Inode) -> Iterator[Region]:
         yield Region(start, end, "compression index", path)
     mask = vol.sb.block_size - 1
     for e in extents(vol, inode, 0, inode.size):
+        budget.spend(1, inode)
         if e.device != 0 or e.kind == FRAGMENT:
             continue
         if e.kind == ENCODED:

@@ -2,8 +2,9 @@
 
 Nothing is ever written outside the target directory.  Names come from the image and are checked to
 be single path components; each is created relative to an open directory, never through a link, and
-never over something that exists unless that is asked for.  Files are written by a few threads or
-processes; links and the times of directories come last.
+never over something that exists unless that is asked for.  Owners, modes, xattrs and times are set
+through a descriptor of the very thing that was made, whatever its name leads to by then.  Files are
+written by a few threads or processes; links and the times of directories come last.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import argparse
 import errno
 import os
 import stat
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar, TypeVarTuple
 
 from pyerofs import data, tree, xattr
-from pyerofs.cli.common import open_image
+from pyerofs.cli.common import complain, open_image
+from pyerofs.cli.directories import OPEN, Directories
 from pyerofs.cli.workers import Threads, Workers, WorkersEnded, hire
 from pyerofs.errors import ErofsError
 from pyerofs.extent import extents
@@ -28,11 +29,12 @@ from pyerofs.image import Image
 from pyerofs.model import HOLE, Inode
 from pyerofs.progress import Progress
 from pyerofs.sources.base import Buffer
+from pyerofs.tree import Place
 
 PIECE = 1 << 20  # bytes gathered for one write
 BATCH_FILES = 64  # files, or
 BATCH_BYTES = 4 << 20  # bytes, that make one job
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+NOBODY = 0xFFFFFFFF  # as an owner it means "as before" to chown(2), and nothing can have it
 
 
 def extract(args: argparse.Namespace) -> int:
@@ -58,12 +60,13 @@ def extract(args: argparse.Namespace) -> int:
             progress.close()
             os.close(root)
     for line in extractor.summary():
-        print(f"pyerofs: {line}", file=sys.stderr)
+        complain(line)
     return 1 if extractor.failures else 0
 
 
-Batch = tuple[bytes, list[tuple[bytes, int]]]  # path of a directory, names in it and nids
-Found = tuple[int, Counter[str], dict[int, bytes]]  # failures, skipped, made
+Batch = tuple[bytes, list[tuple[bytes, int]]]  # a directory for messages, names in it and nids
+Found = tuple[int, Counter[str], set[int]]  # failures, skipped, made
+Name = tuple[Place, bytes]
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
@@ -84,7 +87,7 @@ class Extractor:
     ) -> None:
         self._image = image
         self._vol = image.volume
-        self._root = root
+        self._directories = Directories(root)
         self._progress = progress
         self._overwrite = overwrite
         self._owners = owners
@@ -93,17 +96,17 @@ class Extractor:
         self._workers: Workers[Batch, Found] | Threads[Batch, Found]
         self.failures = 0
         self.skipped: Counter[str] = Counter()
-        self._first: dict[int, bytes] = {}  # nid of a file with several links -> its first path
-        self._made: dict[int, bytes] = {}  # and the path at which it was really created
-        self._links: list[tuple[bytes, Inode]] = []
-        self._directories: list[tuple[bytes, Inode]] = []
+        self._first: dict[int, Name] = {}  # nid of a file with several links -> its first name
+        self._made: set[int] = set()  # those that were really created
+        self._links: list[tuple[Place, bytes, int]] = []
+        self._unfinished: list[tuple[Place, int]] = []  # directories, and their nids
 
     def run(self, paths: list[bytes]) -> None:
         """Extract the whole tree, or the given paths with their parents."""
         self._workers = hire(self._batch, self._found, self._image.superblock.inodes)
         try:
             if not paths:
-                self._walk(b"", self._image.root)
+                self._walk(Place(), self._image.root)
             for path in paths:
                 self._one(path)
         except WorkersEnded:
@@ -114,10 +117,11 @@ class Extractor:
             self.failures += failures
             self.skipped += skipped
             self._made |= made
-        for path, inode in self._links:
-            self._try(path, self._link, path, inode)
-        for path, inode in reversed(self._directories):
-            self._try(path, self._finish_directory, path, inode)
+        for place, name, nid in self._links:
+            self._try(place.shown(name), self._link, place, name, nid)
+        for place, nid in reversed(self._unfinished):
+            self._try(place.shown(), self._finish_directory, place, nid)
+        self._directories.close()
 
     def _found(self) -> Found:
         return self.failures, self.skipped, self._made
@@ -140,116 +144,102 @@ class Extractor:
         if b".." in names:
             raise ErofsError(f"{os.fsdecode(path)}: '..' can't be extracted")
         *parents, name = names or [b""]
-        base = b""
+        here = Place()
         for parent in parents:
-            with self._opened(base) as fd:
+            with self._directories.opened(here) as fd:
                 self._make(fd, parent)
-            base += parent + b"/"
+            here = Place(here, parent)
         if not inode.is_dir:
-            self._submit(base, [(name, inode)])
+            with self._directories.opened(here) as fd:
+                self._submit(fd, here, [(name, inode)])
             return
         if name:
-            with self._opened(base) as fd:
+            with self._directories.opened(here) as fd:
                 self._make(fd, name)
-        self._walk(base + name + b"/" if name else b"", inode)
+            here = Place(here, name)
+        self._walk(here, inode)
 
     def _make(self, parent: int, name: bytes) -> bool:
         """Make a directory in another; one that exists will do, if it is no link to one."""
         try:
             os.mkdir(name, 0o700, dir_fd=parent)
         except FileExistsError:
-            os.close(os.open(name, _DIRECTORY, dir_fd=parent))
+            os.close(os.open(name, OPEN, dir_fd=parent))
         return True
 
-    def _open(self, path: bytes) -> int:
-        """Open a directory below the target directory, never through a link."""
-        fd = os.dup(self._root)
-        for name in path.split(b"/"):
-            if name:
-                try:
-                    deeper = os.open(name, _DIRECTORY, dir_fd=fd)
-                finally:
-                    os.close(fd)
-                fd = deeper
-        return fd
-
-    @contextmanager
-    def _opened(self, path: bytes) -> Iterator[int]:
-        """The same for a ``with`` block."""
-        fd = self._open(path)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
-    def _walk(self, top: bytes, inode: Inode) -> None:
+    def _walk(self, top: Place, inode: Inode) -> None:
         seen: set[int] = set()
         stack = [(top, inode)]
         while stack:
-            path, inode = stack.pop()
-            fd = self._try(path, self._open, path)
-            if fd is None:
-                continue
-            self._directories.append((path, inode))
+            place, inode = stack.pop()
+            self._unfinished.append((place, inode.nid))
             self._progress.advance()
-            try:
-                tree.once(seen, inode)
-                stack += self._entries(fd, path, inode)
-            except ErofsError as e:
-                self._fail(path, e)
-            finally:
-                os.close(fd)
+            found = self._try(place.shown(), self._enter, place, inode, seen)
+            stack += found or []
 
-    def _entries(self, fd: int, here: bytes, inode: Inode) -> list[tuple[bytes, Inode]]:
+    def _enter(self, place: Place, inode: Inode, seen: set[int]) -> list[tuple[Place, Inode]]:
         """Have the files of a directory extracted; make its subdirectories, and return them."""
-        found: list[tuple[bytes, Inode]] = []
-        batch: list[tuple[bytes, Inode]] = []
-        size = 0
-        for entry in tree.entries(self._vol, inode):
-            path = here + entry.name
-            child = self._try(path, self._image.inode, entry.nid)
-            if child is None:
-                continue
-            if child.is_dir:
-                if self._try(path, self._make, fd, entry.name):
-                    found.append((path + b"/", child))
-                continue
-            batch.append((entry.name, child))
-            size += child.size
-            if len(batch) >= BATCH_FILES or size >= BATCH_BYTES:
-                self._submit(here, batch)
-                batch, size = [], 0
-        self._submit(here, batch)
+        tree.once(seen, inode)
+        found: list[tuple[Place, Inode]] = []
+        with self._directories.opened(place) as fd:
+            try:
+                for batch in self._batches(fd, place, inode, found):
+                    self._submit(fd, place, batch)
+            except ErofsError as e:  # what was found before that is good
+                self._fail(place.shown(), e)
         return found
 
-    def _submit(self, here: bytes, files: list[tuple[bytes, Inode]]) -> None:
+    def _batches(
+        self, fd: int, place: Place, inode: Inode, found: list[tuple[Place, Inode]]
+    ) -> Iterator[list[tuple[bytes, Inode]]]:
+        """The files of a directory, some at a time; subdirectories are made, and added to ``found``."""
+        batch: list[tuple[bytes, Inode]] = []
+        size = 0
+        try:
+            complain = partial(self._fail, place.shown())
+            for entry in tree.orderly_entries(self._vol, inode, complain):
+                child = self._try(place.shown(entry.name), self._image.inode, entry.nid)
+                if child is None:
+                    continue
+                if child.is_dir:
+                    if self._try(place.shown(entry.name), self._make, fd, entry.name):
+                        found.append((Place(place, entry.name), child))
+                    continue
+                batch.append((entry.name, child))
+                size += child.size
+                if len(batch) >= BATCH_FILES or size >= BATCH_BYTES:
+                    yield batch
+                    batch, size = [], 0
+        except ErofsError:
+            yield batch
+            raise
+        yield batch
+
+    def _submit(self, fd: int, here: Place, files: list[tuple[bytes, Inode]]) -> None:
         """Give files of one directory to a worker; later names of the same file become links."""
         batch = []
         for name, inode in files:
-            if inode.nlink > 1 and self._first.setdefault(inode.nid, here + name) != here + name:
-                self._links.append((here + name, inode))
+            if inode.nlink > 1 and self._first.setdefault(inode.nid, (here, name)) != (here, name):
+                self._links.append((here, name, inode.nid))
             else:
                 batch.append((name, inode.nid))
         if batch:
-            self._workers.submit((here, batch))
+            self._workers.submit((here.shown(), batch), fd)
             with self._lock:
                 self._progress.advance(len(batch))
 
-    def _batch(self, batch: Batch) -> None:
+    def _batch(self, batch: Batch, fd: int) -> None:
         """What workers do."""
         here, names = batch
-        fd = self._try(here, self._open, here)
-        if fd is None:
-            return
-        try:
-            for name, nid in names:
-                self._try(here + name, self._create, fd, here, name, nid)
-        finally:
-            os.close(fd)
+        for name, nid in names:
+            path = here + b"/" + name if here else name
+            if self._try(path, self._create, fd, name, nid):
+                self._made.add(nid)
 
     # creating ---------------------------------------------------------------------------
 
-    def _create(self, parent: int, here: bytes, name: bytes, nid: int) -> None:
+    def _create(self, parent: int, name: bytes, nid: int) -> bool:
+        """Make a file, link, fifo, socket or device; whether it is there then."""
         inode = self._image.inode(nid)
         if self._overwrite:
             self._unlink(parent, name)
@@ -265,9 +255,7 @@ class Extractor:
                 self._finish(fd, inode)
             finally:
                 os.close(fd)
-            if inode.nlink > 1:
-                self._made[nid] = here + name
-            return
+            return True
         if inode.is_symlink:
             os.symlink(tree.link_target(self._vol, inode), name, dir_fd=parent)
         else:
@@ -275,10 +263,15 @@ class Extractor:
                 os.mknod(name, stat.S_IFMT(inode.mode) | 0o600, inode.rdev, dir_fd=parent)
             except PermissionError:
                 self._skip("devices")
-                return
-        self._finish_at(parent, name, inode)
-        if inode.nlink > 1:
-            self._made[nid] = here + name
+                return False
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            _check_made(fd, inode)
+            # the descriptor's own path leads to what is open, and no further, even if that is a link
+            self._finish(f"/proc/self/fd/{fd}", inode)
+        finally:
+            os.close(fd)
+        return True
 
     def _write(self, fd: int, inode: Inode) -> None:
         """The file's data; holes stay holes."""
@@ -305,69 +298,57 @@ class Extractor:
         if end < inode.size:
             os.ftruncate(fd, inode.size)
 
-    def _finish(self, fd: int, inode: Inode) -> None:
-        """Owner first, which clears set-id bits and capabilities; then xattrs, which may need the
-        permission to write; then mode and times."""
+    def _finish(self, what: int | str, inode: Inode) -> None:
+        """Set all attributes of something by its descriptor, or the descriptor's path: the owner first,
+        which clears set-id bits and capabilities; then xattrs, which may need the permission to write;
+        then mode and times."""
         mode = stat.S_IMODE(inode.mode)
-        if not self._own(inode, fd):
+        if not self._own(what, inode):
             mode &= ~(stat.S_ISUID | stat.S_ISGID)
-        self._set_xattrs(inode, fd, follow=True)
-        os.fchmod(fd, mode)
-        os.utime(fd, ns=(inode.mtime_ns, inode.mtime_ns))
-
-    def _finish_at(self, parent: int, name: bytes, inode: Inode) -> None:
-        """The same for what can't be opened: links, fifos, sockets, devices."""
-        if self._owners:
-            try:
-                os.chown(name, inode.uid, inode.gid, dir_fd=parent, follow_symlinks=False)
-            except PermissionError:
-                self._skip("owners")
-        self._set_xattrs(inode, b"/proc/self/fd/%d/%s" % (parent, name), follow=False)
+        self._set_xattrs(what, inode)
         if not inode.is_symlink:
-            # a name that we have just made ourselves: nothing to follow
-            os.chmod(name, stat.S_IMODE(inode.mode), dir_fd=parent)
-        times = (inode.mtime_ns, inode.mtime_ns)
-        os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
+            os.chmod(what, mode)
+        os.utime(what, ns=(inode.mtime_ns, inode.mtime_ns))
 
-    def _finish_directory(self, path: bytes, inode: Inode) -> None:
-        with self._opened(path) as fd:
-            self._finish(fd, inode)
+    def _finish_directory(self, place: Place, nid: int) -> None:
+        with self._directories.opened(place) as fd:
+            self._finish(fd, self._image.inode(nid))
 
-    def _own(self, inode: Inode, fd: int) -> bool:
-        if self._owners:
+    def _own(self, what: int | str, inode: Inode) -> bool:
+        """Set the owner; whether it is the image's then."""
+        wanted = (inode.uid, inode.gid)
+        if self._owners and NOBODY not in wanted:
             try:
-                os.fchown(fd, inode.uid, inode.gid)
-                return True
+                os.chown(what, *wanted)
             except PermissionError:
-                self._skip("owners")
-        return inode.uid == os.geteuid() and inode.gid == os.getegid()
+                pass
+        status = os.stat(what)
+        same = (status.st_uid, status.st_gid) == wanted
+        if self._owners and not same:
+            self._skip("owners")
+        return same
 
-    def _set_xattrs(self, inode: Inode, where: int | bytes, *, follow: bool) -> None:
+    def _set_xattrs(self, what: int | str, inode: Inode) -> None:
         if not self._xattrs or not inode.xattr_size:
             return
         for name, value in xattr.items(self._vol, inode):
             try:
-                if follow:
-                    os.setxattr(where, name, value)
-                else:
-                    os.setxattr(where, name, value, follow_symlinks=False)
-            except OSError as e:
-                if e.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EACCES):
-                    raise
+                os.setxattr(what, name, value)
+            except (OSError, ValueError):  # ValueError: a name that no system call takes
                 self._skip("xattrs")
 
-    def _link(self, path: bytes, inode: Inode) -> None:
+    def _link(self, place: Place, name: bytes, nid: int) -> None:
         """A further name of a file; its first, if that could not be created where it came first."""
-        base, _, name = path.rpartition(b"/")
-        with self._opened(base) as parent:
-            made = self._made.get(inode.nid)
-            if made is None:
-                self._create(parent, path[: len(path) - len(name)], name, inode.nid)
+        with self._directories.opened(place) as parent:
+            if nid not in self._made:
+                if self._create(parent, name, nid):
+                    self._made.add(nid)
+                    self._first[nid] = (place, name)
                 return
             if self._overwrite:
                 self._unlink(parent, name)
-            first_base, _, first = made.rpartition(b"/")
-            with self._opened(first_base) as first_parent:
+            first_place, first = self._first[nid]
+            with self._directories.opened(first_place) as first_parent:
                 os.link(
                     first, name, src_dir_fd=first_parent, dst_dir_fd=parent, follow_symlinks=False
                 )
@@ -395,11 +376,23 @@ class Extractor:
             self.failures += 1
             self._progress.close()
             reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-            print(f"pyerofs: {os.fsdecode(path) or '.'}: {reason}", file=sys.stderr)
+            complain(f"{os.fsdecode(path) or '.'}: {reason}")
 
     def _skip(self, what: str) -> None:
         with self._lock:
             self.skipped[what] += 1
+
+
+def _check_made(fd: int, inode: Inode) -> None:
+    """Raise OSError where another user has put something else in the place of what was just made."""
+    found = os.fstat(fd)
+    if (
+        stat.S_IFMT(found.st_mode) != stat.S_IFMT(inode.mode)
+        or found.st_nlink != 1
+        or found.st_rdev
+        != (inode.rdev if stat.S_ISCHR(inode.mode) or stat.S_ISBLK(inode.mode) else 0)
+    ):
+        raise OSError(errno.ESTALE, "was replaced by somebody else while it was made")
 
 
 def _write_all(fd: int, parts: list[Buffer], offset: int) -> None:

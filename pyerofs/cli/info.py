@@ -110,9 +110,8 @@ def _statistics(image: Image) -> dict[str, Any]:
             plain += inode.size
 
     count(image.root)
-    for _, directories, others in image.walk():
-        for entry in directories + others:
-            count(entry.inode)
+    for _, _, inode in tree.walk(image.volume, image.root):
+        count(inode)
     if image.superblock.packed_nid:  # fragments: what files have there counts with the files
         packed = inodes.load(image.volume, image.superblock.packed_nid)
         encoded += packed.blocks * image.superblock.block_size if packed.is_compressed else 0

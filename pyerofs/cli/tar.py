@@ -13,8 +13,8 @@ import sys
 from typing import BinaryIO
 
 from pyerofs import data, tree, xattr
-from pyerofs.cli.common import open_image
-from pyerofs.errors import ErofsError
+from pyerofs.cli.common import complain, open_image
+from pyerofs.errors import CorruptImage, ErofsError
 from pyerofs.image import Image
 from pyerofs.memory import keep_freed_memory
 from pyerofs.model import Inode
@@ -22,6 +22,7 @@ from pyerofs.model import Inode
 BLOCK = 512
 RECORD = 20 * BLOCK  # tar pads its archives to this
 PIECE = 1 << 20
+MAX_PATH = 64 << 10  # bytes, 16 times what any system call takes; each member has its path
 MAX_OCTAL_7 = 0o7777777
 MAX_OCTAL_11 = 0o77777777777
 
@@ -57,12 +58,13 @@ def _write(image: Image, args: argparse.Namespace, out: BinaryIO) -> int:
     writer.add_tree(top)
     writer.close()
     if writer.sockets:
-        print(f"pyerofs: {writer.sockets} sockets left out (tar can't hold them)", file=sys.stderr)
-    return 0
+        complain(f"{writer.sockets} sockets left out (tar can't hold them)")
+    return 1 if writer.problems else 0
 
 
 class TarWriter:
-    """Writes members one after another; ``sockets`` counts what was left out."""
+    """Writes members one after another; ``sockets`` counts what a tar can't hold, ``problems`` what is
+    corrupt and was left out."""
 
     def __init__(self, image: Image, out: BinaryIO, *, xattrs: bool = True) -> None:
         self._image = image
@@ -72,19 +74,26 @@ class TarWriter:
         self._written = 0
         self._first: dict[int, bytes] = {}
         self.sockets = 0
+        self.problems = 0
+
+    def _report(self, error: CorruptImage) -> None:
+        self.problems += 1
+        complain(str(error))
 
     def add_tree(self, top: Inode) -> None:
         """All below a directory, and itself as ``./``; parents before children."""
-        trail = tree.Trail("", top)
+        trail = tree.Trail(top)
         while (step := trail.next()) is not None:
-            path, here = step
-            base = path.encode("utf-8", "surrogateescape").lstrip(b"/")
+            place, here = step
+            base = place.path()
+            if len(base) > MAX_PATH:
+                raise ErofsError(f"a path of {len(base)} bytes: too deep a tree for a tar")
             self.add(b"./" + base + b"/" if base else b"./", here)
             directories = []
-            for entry in tree.entries(self._vol, here):
+            for entry in tree.orderly_entries(self._vol, here, self._report):
                 inode = self._image.inode(entry.nid)
                 if inode.is_dir:
-                    directories.append((tree.decode(entry.name), inode))
+                    directories.append((entry.name, inode))
                 else:
                     self.add(b"./" + (base + b"/" if base else b"") + entry.name, inode)
             trail.enter(directories)

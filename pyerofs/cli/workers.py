@@ -1,8 +1,8 @@
-"""Many jobs for all processors: a crew of threads, or of processes, which can do at the same time what
-Python's threads can't.
+"""Many jobs for all processors: threads, or processes, which can do at the same time what Python's
+threads can't.
 
-For processes a job is a message on one socket that all of them read from, so whoever is free takes
-the next.
+For processes a job is a message on one socket that all of them read from, so the one that is free takes
+the next.  A descriptor may come with it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class WorkersEnded(Exception):
 
 
 def hire(
-    work: Callable[[Job], None], finish: Callable[[], Result], inodes: int
+    work: Callable[[Job, int], None], finish: Callable[[], Result], inodes: int
 ) -> Workers[Job, Result] | Threads[Job, Result]:
-    """Somebody to do the jobs of an image with so many inodes.
+    """Workers for the jobs of an image with so many inodes.  ``work`` gets a job and its descriptor
+    (-1: none), which is closed after it.
 
     Processes, where they are worth their price and no other thread could be caught with a lock held:
     far images, whose sources have a thread, are left to threads.  ``finish`` is for processes, whose
@@ -47,18 +48,20 @@ def hire(
 class Threads(Generic[Job, Result]):
     """One thread more than there are CPUs.  An OSError that ``work`` raises ends them."""
 
-    def __init__(self, work: Callable[[Job], None]) -> None:
+    def __init__(self, work: Callable[[Job, int], None]) -> None:
         self._work = work
         self._pool = ThreadPoolExecutor(max_workers=(os.cpu_count() or 1) + 1)
         self._waiting = threading.Semaphore(MAX_WAITING)
         self._error: BaseException | None = None
 
-    def submit(self, job: Job) -> None:
-        """Hand over a job; may wait.  Raises WorkersEnded where one has failed."""
+    def submit(self, job: Job, fd: int = -1) -> None:
+        """Hand over a job, and a descriptor, which stays the caller's; may wait.  Raises WorkersEnded
+        where one has failed."""
         self._waiting.acquire()
         if self._error is not None:
             raise WorkersEnded
-        self._pool.submit(self._work, job).add_done_callback(self._done)
+        own = os.dup(fd) if fd >= 0 else -1
+        self._pool.submit(_do, self._work, job, own).add_done_callback(self._done)
 
     def _done(self, future: Future[None]) -> None:
         self._error = self._error or future.exception()
@@ -72,13 +75,21 @@ class Threads(Generic[Job, Result]):
         return ()
 
 
+def _do(work: Callable[[Job, int], None], job: Job, fd: int) -> None:
+    try:
+        work(job, fd)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
 class Workers(Generic[Job, Result]):
     """As many forked processes as there are CPUs.
 
     ``work`` is called in them with each job, ``finish`` at the end; what that returns is sent back.
     An OSError that ``work`` raises ends its worker, and is raised by ``close``."""
 
-    def __init__(self, work: Callable[[Job], None], finish: Callable[[], Result]) -> None:
+    def __init__(self, work: Callable[[Job, int], None], finish: Callable[[], Result]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         self._jobs, jobs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -93,14 +104,13 @@ class Workers(Generic[Job, Result]):
             self._workers.append((pid, results))
         jobs.close()
 
-    def submit(self, job: Job) -> None:
-        """Hand over a job; may wait.  Raises WorkersEnded where none is left to do it, ValueError where
-        a job is too large."""
+    def submit(self, job: Job, fd: int = -1) -> None:
+        """Hand over a job, and a descriptor, which stays the caller's; may wait.  Raises WorkersEnded
+        where no process is left to do it."""
         message = pickle.dumps(job)
-        if len(message) > MAX_MESSAGE:
-            raise ValueError(f"a job of {len(message)} bytes")
+        assert len(message) <= MAX_MESSAGE, "jobs are made of bounded parts"
         try:
-            self._jobs.send(message)
+            socket.send_fds(self._jobs, [message], [fd] if fd >= 0 else [])
         except (BrokenPipeError, ConnectionResetError):
             raise WorkersEnded from None
 
@@ -127,15 +137,18 @@ _DIED = OSError(0, "a worker process died")
 
 
 def _run(
-    jobs: socket.socket, result: int, work: Callable[[Job], None], finish: Callable[[], Result]
+    jobs: socket.socket, result: int, work: Callable[[Job, int], None], finish: Callable[[], Result]
 ) -> NoReturn:
-    """The life of a worker."""
+    """The life of a worker process."""
     status = 1
     try:
         error: OSError | None = None
         try:
-            while message := jobs.recv(MAX_MESSAGE):
-                work(pickle.loads(message))
+            while True:
+                message, fds, _, _ = socket.recv_fds(jobs, MAX_MESSAGE, 1)
+                if not message:
+                    break
+                _do(work, pickle.loads(message), fds[0] if fds else -1)
         except OSError as e:
             error = OSError(e.errno, e.strerror, e.filename)
         jobs.close()

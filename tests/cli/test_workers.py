@@ -82,7 +82,7 @@ def test_a_full_disk_ends_it(tmp_path: Path) -> None:
 
 def test_workers_share_the_jobs() -> None:
     done: list[int] = []
-    workers = Workers[int, list[int]](done.append, lambda: done)
+    workers = Workers[int, list[int]](lambda n, _: done.append(n), lambda: done)
     for number in range(1000):
         workers.submit(number)
     found = workers.close()
@@ -96,7 +96,7 @@ def keep_busy(workers: Workers[int, None] | Threads[int, None]) -> None:
 
 
 def test_a_worker_that_dies() -> None:
-    workers = Workers[int, None](lambda n: os._exit(7), lambda: None)
+    workers = Workers[int, None](lambda *_: os._exit(7), lambda: None)
     with pytest.raises(WorkersEnded):
         keep_busy(workers)
     with pytest.raises(OSError, match="worker process died"):
@@ -105,7 +105,7 @@ def test_a_worker_that_dies() -> None:
 
 @pytest.mark.parametrize("inodes", [0, MANY])
 def test_an_error_is_raised_where_it_can_be_told(inodes: int) -> None:
-    def work(_: int) -> None:
+    def work(_: int, fd: int) -> None:
         raise OSError(28, "full", "here")
 
     workers = hire(work, lambda: None, inodes)
