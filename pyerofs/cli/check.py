@@ -198,8 +198,8 @@ class Checker:
                 )
 
     def _entries(self, path: str, here: Inode, parent: int) -> Iterator[Dirent]:
-        """The entries of a directory but ``.`` and ``..``, which are checked here.  Where too much of it
-        is out of order or makes no sense, the rest is passed over."""
+        """The entries of a directory but ``.`` and ``..``, which are checked here.  Where too much
+        of it is out of order or makes no sense, the rest is passed over."""
         last = highest = b""
         bad = 0
         dots = set()

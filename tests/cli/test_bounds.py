@@ -354,7 +354,8 @@ def test_a_dump_of_an_image_with_terabytes_of_nothing_behind_it_ends(place: Path
     done = bounded(place, "dump", image)
     assert (done.status, done.err) == (0, "")
     (line,) = [words for words in map(str.split, done.lines) if words[1:] and words[-1] == "padding"
-               and words[0].startswith("0x") and int(words[0], 16) + int(words[1]) == 8 << 40]  # fmt: skip
+               and words[0].startswith("0x")
+               and int(words[0], 16) + int(words[1]) == 8 << 40]  # fmt: skip
     assert int(line[1]) > 7 << 40
 
 
