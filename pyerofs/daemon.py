@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
-from typing import NoReturn, Protocol
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from pyerofs.errors import one_line
+
+if TYPE_CHECKING:
+    from pyerofs.sources.spec import Access, SourceWords
 
 
 class Report(Protocol):
@@ -76,17 +81,37 @@ def _detach() -> None:
         os.close(null)
 
 
-def fork(command: str) -> Background:
-    """Go on in a child, in a session of its own; the parent never returns from here."""
+def fork(command: str, keep: Iterable[int] = ()) -> Background:
+    """Go on in a child, in a session of its own; the parent never returns from here.
+
+    The child closes what its caller left open, which may hold locks or keep a pipe's reader waiting:
+    all descriptors but the standard ones, ``keep``, and those that the command line names
+    (/dev/fd/N)."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child:
         os.close(write_end)
         _wait(read_end, child, command)
     os.close(read_end)
+    _close_inherited({write_end, *keep})
     os.setsid()
     os.chdir("/")
     return Background(write_end)
+
+
+def _close_inherited(keep: set[int]) -> None:
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd not in keep and not _named(fd):
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # the one that listed them
+
+
+def _named(fd: int) -> bool:
+    """Whether an argument is, or holds, the path of a descriptor."""
+    path = re.compile(rf"(?:/dev|/proc/(?:self|{os.getpid()}|{os.getppid()}))/fd/{fd}\b")
+    return any(path.search(word) for word in sys.argv)
 
 
 def _wait(fd: int, child: int, command: str) -> NoReturn:
@@ -120,23 +145,42 @@ def ask_password(question: str) -> str | None:
     return getpass.getpass(question)
 
 
-def hide_argument(secret: str) -> None:
-    """Overwrite a secret in what this process shows as its command line.  Best effort: whoever looked
-    before has seen it."""
+def access_to(words: SourceWords) -> Access:
+    """``words.access`` for a command: asks on the terminal, and leaves no secret to be seen by others.
+    Raises SourceError."""
+    access = words.access(ask_password)
+    for secret in (words.password, words.environment):
+        if secret:
+            hide(secret)
+    return access
+
+
+def hide(secret: str) -> None:
+    """Overwrite a secret in what this process shows as its command line and environment.  Best effort:
+    others may have seen it before."""
     import ctypes
 
     try:
         with open("/proc/self/stat", "rb") as f:
             fields = f.read().rpartition(b")")[2].split()
-        start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, proc(5)
         wanted = os.fsencode(secret)
-        shown = ctypes.string_at(start, end - start)
-        at = shown.find(wanted)
-        while wanted and at >= 0:
-            ctypes.memset(start + at, ord("x"), len(wanted))
-            at = shown.find(wanted, at + len(wanted))
+        for first in (45, 47):  # arg_start and arg_end, env_start and env_end: proc(5)
+            start, end = int(fields[first]), int(fields[first + 1])
+            shown = ctypes.string_at(start, end - start)
+            at = shown.find(wanted)
+            while wanted and at >= 0:
+                ctypes.memset(start + at, ord("x"), len(wanted))
+                at = shown.find(wanted, at + len(wanted))
     except (OSError, ValueError, IndexError):
         pass
+
+
+class OneLine(logging.Formatter):
+    """Formats records so that no name or word in them reaches a terminal or journal unescaped."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
 
 
 def start_logging(command: str, *, foreground: bool, debug: int) -> None:
@@ -145,7 +189,7 @@ def start_logging(command: str, *, foreground: bool, debug: int) -> None:
     handler: logging.Handler
     if foreground:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(f"{command}: %(message)s"))
+        handler.setFormatter(OneLine(f"{command}: %(message)s"))
     else:
         handler = logging.NullHandler()
         if os.path.exists("/dev/log"):
@@ -153,7 +197,7 @@ def start_logging(command: str, *, foreground: bool, debug: int) -> None:
 
             try:
                 handler = SysLogHandler("/dev/log", SysLogHandler.LOG_DAEMON)
-                handler.setFormatter(logging.Formatter(f"{command}[%(process)d]: %(message)s"))
+                handler.setFormatter(OneLine(f"{command}[%(process)d]: %(message)s"))
             except OSError:
                 pass  # a socket that nobody listens on
     logging.basicConfig(level=level, handlers=[handler])

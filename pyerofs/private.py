@@ -40,18 +40,22 @@ class PrivateDirectory:
             raise
 
     @classmethod
-    def open(cls, path: str, *, create: bool = True, owner: int | None = None) -> PrivateDirectory:
-        """The directory at a path, made with mode 0700 where it is missing and ``create`` says so.
-
-        A link at the path's end is followed only where it belongs to ``owner`` (by default us)."""
+    def open(
+        cls, path: str, *, create: bool = True, owner: int | None = None, links: bool = False
+    ) -> PrivateDirectory:
+        """The directory of ``owner`` (by default us) at a path, made with mode 0700 where it is missing
+        and ``create`` says so.  A link at the path's end is followed only with ``links``, and where it
+        belongs to the owner."""
         owner = os.geteuid() if owner is None else owner
         if create:
             os.makedirs(os.path.dirname(path) or "/", exist_ok=True)
             _make(path, None)
         found = os.lstat(path)
-        if stat.S_ISLNK(found.st_mode) and found.st_uid != owner:
-            raise Untrusted(f"is a link that belongs to uid {found.st_uid}", path)
-        follow = 0 if stat.S_ISLNK(found.st_mode) else os.O_NOFOLLOW
+        follow = os.O_NOFOLLOW
+        if stat.S_ISLNK(found.st_mode):
+            if not links or found.st_uid != owner:
+                raise Untrusted(f"is a link that belongs to uid {found.st_uid}", path)
+            follow = 0
         return cls(os.open(path, _DIRECTORY | follow), path, owner)
 
     def subdirectory(self, name: str, *, create: bool = True) -> PrivateDirectory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from pyerofs.daemon import ask_password, hide_argument, open_standard_streams
+from pyerofs.daemon import access_to, open_standard_streams
 from pyerofs.errors import SourceError, one_line
 from pyerofs.sources.spec import Access, SourceSpec
 from pyerofs_fuse.options import Options, UsageError, parse, usage
@@ -37,9 +37,7 @@ def main(words: list[str]) -> int:
     options.mountpoint = os.path.abspath(options.mountpoint)  # the daemon's directory is /
     try:
         spec = options.spec
-        if options.source.password is not None:
-            hide_argument(options.source.password)
-        access = options.source.access(ask_password)
+        access = access_to(options.source)
         first = _read_list(options.prefetch_list) if options.prefetch_list else []
     except SourceError as e:
         print(f"pyerofs-fuse: {one_line(str(e))}", file=sys.stderr)

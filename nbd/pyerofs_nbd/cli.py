@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from pyerofs.daemon import ask_password, hide_argument, open_standard_streams
+from pyerofs.daemon import access_to, ask_password, hide, open_standard_streams
 from pyerofs.errors import ErofsError, one_line
 from pyerofs_nbd.device import NbdError, node
 from pyerofs_nbd.options import Options, UsageError, for_exports, parse, usage
@@ -44,7 +44,7 @@ def main(words: list[str]) -> int:
         print(f"{COMMAND} {__version__}")
         return 0
     if options.secret_typed and options.words.password:
-        hide_argument(options.words.password)
+        hide(options.words.password)
     try:
         return _MODES[options.mode](options)
     except KeyboardInterrupt:
@@ -92,7 +92,7 @@ def _source(options: Options) -> tuple[SourceSpec, Record]:
     what = options.what
     assert what is not None
     spec = options.words.spec(what)
-    access = options.words.access(ask_password)
+    access = access_to(options.words)
     record = Record(
         spec, None, access, credentials(options, access), mountpoint=_mountpoint(options)
     )
@@ -111,7 +111,7 @@ def credentials(options: Options, access: Access) -> Credentials:
         return Credentials("file", options.password_file)
     if access.password is None:
         return Credentials()
-    typed = options.secret_typed or "PYEROFS_PASSWORD" not in os.environ
+    typed = options.secret_typed or options.words.environment is None
     return Credentials("terminal" if typed else "environment")
 
 
@@ -210,7 +210,7 @@ def _serve(options: Options) -> int:
         named.append(("", options.words.spec(options.what)))
     shared = for_exports(options)
     named += [(name, shared.spec(source)) for name, source in options.exports]
-    access = options.words.access(ask_password)
+    access = access_to(options.words)
     start_logging(COMMAND, foreground=True, debug=int(options.verbose))
     from pyerofs_nbd.serve import serve
 
@@ -267,7 +267,7 @@ def _with_access(options: Options, record: Record) -> Record:
         spec = replace(spec, insecure=True)
     if "cacert" in changes:
         spec = replace(spec, cacert=os.path.abspath(changes["cacert"]))
-    password = options.words.access(ask_password).password
+    password = access_to(options.words).password
     if password is None:
         password = record.access.password or _password_of(record)
     return replace(record, source=spec, access=replace(record.access, password=password))

@@ -6,7 +6,8 @@ import argparse
 import sys
 from datetime import UTC, datetime
 
-from pyerofs.cli.common import complain, print_json
+from pyerofs.cli.common import print_json
+from pyerofs.cli.messages import UsageError, complain
 from pyerofs.errors import SourceError, one_line
 from pyerofs.progress import Progress
 from pyerofs.sources.cachedir import Blob, CacheDir, default_directory
@@ -74,7 +75,7 @@ def _list(directory: CacheDir, args: argparse.Namespace) -> int:
 
 def _remove(directory: CacheDir, args: argparse.Namespace) -> int:
     if not args.blobs and not args.all:
-        raise SourceError("cache rm: name blobs (see cache ls), or use --all")
+        raise UsageError("cache rm: name blobs (see cache ls), or use --all")
     status = 0
     for b in _chosen(directory, args):
         if not directory.remove(b):

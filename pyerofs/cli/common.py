@@ -11,8 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from pyerofs import image
-from pyerofs.daemon import ask_password
-from pyerofs.errors import one_line
+from pyerofs.daemon import access_to, start_logging
 from pyerofs.image import Image
 from pyerofs.progress import Download
 from pyerofs.sources.spec import SourceWords
@@ -25,10 +24,11 @@ def open_image(args: argparse.Namespace, *, whole: bool = False) -> Iterator[Ima
     ``whole``: the command is about everything in it.  Then, or where all of it was read anyway, the
     digests of what came from afar are checked at the end, so that no exit status of 0 stands for bytes
     that are not what they are called.  Raises SourceError."""
+    start_logging("pyerofs", foreground=True, debug=0)
     words: SourceWords = args.source or SourceWords()
     spec = words.spec_as_typed(args.image)
     waiting = Download()
-    access = replace(words.access(ask_password), prefetch="none", progress=waiting.show)
+    access = replace(access_to(words), prefetch="none", progress=waiting.show)
     try:
         opened = image.open(spec, cache_size=args.cache_size, access=access)
     finally:
@@ -36,11 +36,6 @@ def open_image(args: argparse.Namespace, *, whole: bool = False) -> Iterator[Ima
     with opened:
         yield opened
         opened.verify(rest=whole)
-
-
-def complain(message: str) -> None:
-    """Say what went wrong, on one line of stderr."""
-    print(f"pyerofs: {one_line(message)}", file=sys.stderr)
 
 
 def printable(name: str) -> str:

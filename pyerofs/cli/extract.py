@@ -20,8 +20,9 @@ from functools import partial
 from typing import TypeVar, TypeVarTuple
 
 from pyerofs import data, tree, xattr
-from pyerofs.cli.common import complain, open_image
+from pyerofs.cli.common import open_image
 from pyerofs.cli.directories import OPEN, Directories
+from pyerofs.cli.messages import complain
 from pyerofs.cli.workers import Threads, Workers, WorkersEnded, hire
 from pyerofs.errors import ErofsError
 from pyerofs.extent import extents

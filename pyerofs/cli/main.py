@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from pyerofs import __version__
+from pyerofs.cli.messages import UsageError, complain
 from pyerofs.errors import CorruptImage, ErofsError, UnsupportedFeature
 from pyerofs.sources.spec import DEFAULT_CACHE_LIMIT, OCI, WORDS, SourceWords
 from pyerofs.units import parse_size
@@ -186,20 +187,24 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         status: int = getattr(module, args.verb)(args)
         sys.stdout.flush()
+    except UsageError as e:
+        complain(str(e))
+        return 2
     except (CorruptImage, UnsupportedFeature) as e:
-        print(f"pyerofs: {args.image.partition('?')[0]}: {e}", file=sys.stderr)
+        complain(f"{args.image.partition('?')[0]}: {e}")
         return 1
     except ErofsError as e:
-        print(f"pyerofs: {e}", file=sys.stderr)
+        complain(str(e))
         return 1
     except BrokenPipeError:  # whoever read our output has seen enough
         _drop_output()
         return 1
     except OSError as e:
-        if not e.filename:
+        named = isinstance(e.filename, (str, bytes))  # it may be a descriptor
+        if not named:
             _drop_output()
-        where = f"{os.fsdecode(e.filename)}: " if e.filename else ""
-        print(f"pyerofs: {where}{e.strerror or e}", file=sys.stderr)
+        where = f"{os.fsdecode(e.filename)}: " if named else ""
+        complain(f"{where}{e.strerror or e}")
         return 1 if e.errno != errno.EPIPE else 0
     except KeyboardInterrupt:
         return 130

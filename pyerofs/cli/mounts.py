@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
-from pyerofs.cli.common import print_json, printable
+from pyerofs.cli.common import print_json
 from pyerofs.status import live
 from pyerofs.units import format_size
 
@@ -17,20 +18,24 @@ def mounts(args: argparse.Namespace) -> int:
         print_json(found)
         return 0
     for mount in found:
-        age = time.time() - float(mount.get("since", 0))
-        print(
-            f"{printable(str(mount.get('mountpoint')))}  (pid {mount.get('pid')}, for {age:.0f} s)"
-        )
-        for source in mount.get("sources", []):
-            size = max(int(source.get("size", 0)), 1)
-            line = f"  {printable(str(source.get('name')))}: {format_size(size)}"
-            if "cached" in source:
-                line += (
-                    f", {100 * source['cached'] / size:.0f} % cached,"
-                    f" {format_size(source['fetched'])} fetched in {source['requests']} requests,"
-                    f" {source['retries']} retries"
-                )
-            print(line)
+        age = time.time() - mount.get("since", time.time())
+        print(f"{mount['mountpoint']}  (pid {mount.get('pid', '?')}, for {age:.0f} s)")
+        for source in mount["sources"]:
+            print(f"  {_described(source)}")
         if mount.get("fetching"):
             print(f"  fetching {format_size(mount['fetching'])}/s")
     return 0
+
+
+def _described(source: dict[str, Any]) -> str:
+    size = source.get("size", 0)
+    line = f"{source['name']}: {format_size(size)}"
+    if "cached" in source:
+        line += (
+            f", {100 * min(source['cached'] / max(size, 1), 1):.0f} % cached,"
+            f" {format_size(source.get('fetched', 0))} fetched in {source.get('requests', 0)} requests,"
+            f" {source.get('retries', 0)} retries"
+        )
+    if "verified" in source:
+        line += ", verified" if source["verified"] else ", not verified yet"
+    return line

@@ -13,7 +13,8 @@ import sys
 from typing import BinaryIO
 
 from pyerofs import data, tree, xattr
-from pyerofs.cli.common import complain, open_image
+from pyerofs.cli.common import open_image
+from pyerofs.cli.messages import complain
 from pyerofs.errors import CorruptImage, ErofsError
 from pyerofs.image import Image
 from pyerofs.memory import keep_freed_memory

@@ -437,7 +437,7 @@ class CachedSource:
         try:
             await trio.to_thread.run_sync(self._store.put, number, flight.data)
         except IntegrityError as e:
-            log.error("%s", e)
+            log.info("%s", e)  # all that read from now on are told
             await trio.to_thread.run_sync(self._store.condemn, e)
         finally:
             self._writes.release_on_behalf_of(flight)
@@ -460,7 +460,7 @@ class CachedSource:
             if right:
                 log.info("%s: complete%s", self.name, ", and verified" if self.verified else "")
             elif right is not None:
-                log.error("%s", self._store.error)
+                log.info("%s", self._store.error)  # all that read from now on are told
         except (SourceError, OSError) as e:
             log.warning("%s: the cache can't be read: %s", self.name, e)
         finally:
@@ -479,7 +479,7 @@ class CachedSource:
         bytes can't be had."""
         if self._store.digest is None:
             raise SourceError(
-                f"{self.name}: there is no digest to verify it by (dm-verity has one)"
+                f"{self.name}: --verify: there is no digest to check it by (dm-verity has one)"
             )
         for number in range(self._count):
             if self.verified:

@@ -41,6 +41,7 @@ from pyerofs.sources.store import (
     Claimed,
     Verified,
     keep_verified,
+    lock,
     parse_header,
 )
 
@@ -91,7 +92,7 @@ class CacheDir:
         self._spooled = 0  # bytes in files without a name
         self._full_until = 0.0
         try:
-            self._top = PrivateDirectory.open(self.path)
+            self._top = PrivateDirectory.open(self.path, links=True)
             self._verified = self._top.subdirectory("verified")
             self._claimed = self._top.subdirectory("claimed")
             self._documents = self._top.subdirectory("documents")
@@ -196,21 +197,20 @@ class CacheDir:
     @contextmanager
     def alone(self, key: str) -> Iterator[bool]:
         """Whether no other process is making this blob, which none will meanwhile."""
-        name = f".{_file_name(key)}.lock"
+        # one byte of one file for each key: locks end with their process, and nothing is left
+        at = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
         try:
-            fd = self._verified.open_file(name, os.O_RDWR | os.O_CREAT)
+            fd = self._top.open_file("making", os.O_RDWR | os.O_CREAT)
         except OSError as e:
             raise _unusable(e, self.path) from None
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            yield False
-            return
-        try:
+            try:
+                lock(fd, fcntl.F_WRLCK, at, 1)
+            except BlockingIOError:
+                yield False
+                return
             yield True
         finally:
-            self._verified.unlink_same(name, fd)
             os.close(fd)
 
     def blobs(self) -> Iterator[Blob]:

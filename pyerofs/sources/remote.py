@@ -63,7 +63,9 @@ async def _verify(source: AsyncSource, access: Access) -> None:
     """Check the digest of a source before any of its bytes is used.  Raises SourceError."""
     digested = verifiable(source)
     if digested is None:
-        raise SourceError(f"{source.name}: has no digest to verify it by (dm-verity has one)")
+        raise SourceError(
+            f"{source.name}: --verify: there is no digest to check it by (dm-verity has one)"
+        )
     await digested.verify(access.progress)
 
 

@@ -300,6 +300,7 @@ class SourceWords:
     def __init__(self) -> None:
         self.oci = False  # mount.erofs: some oci.* word was given, so the name is a reference
         self.password: str | None = None
+        self.environment: str | None = None  # what $PYEROFS_PASSWORD was, once it was needed
         self._spec: dict[str, Any] = {}
         self._access: dict[str, Any] = {}
         self._verity: list[dict[str, Any]] = [{}]
@@ -371,10 +372,16 @@ class SourceWords:
             )
         return VeritySpec(**found)
 
+    def _from_environment(self) -> str | None:
+        """The password in the environment; it is taken out of there, so that no child gets it."""
+        self.environment = os.environ.pop("PYEROFS_PASSWORD", self.environment)
+        return self.environment
+
     def access(self, ask: Callable[[str], str | None] = lambda _: None) -> Access:
         """How to get at it.  The password comes from its file, from $PYEROFS_PASSWORD, or from
-        ``ask`` (None: nobody to be asked) where there is a user name.  Raises SourceError."""
+        ``ask`` (None: there is no terminal) where there is a user name.  Raises SourceError."""
         given = dict(self._access)
+        environment = self._from_environment()
         password = self.password
         if (path := given.pop("password_file", None)) is not None:
             try:
@@ -384,7 +391,7 @@ class SourceWords:
                 reason = e.strerror if isinstance(e, OSError) else "is not text"
                 raise SourceError(f"{path}: {reason}") from None
         if password is None:
-            password = os.environ.get("PYEROFS_PASSWORD")
+            password = environment
         if password is None and "username" in self._spec:
             password = ask(f"Password for {self._spec['username']}: ")
             if password is None:

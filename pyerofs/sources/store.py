@@ -120,7 +120,8 @@ class MemoryStore:
         with self._lock:
             if self._digests.setdefault(number, digest) != digest:
                 raise IntegrityError(
-                    f"{self._name}: the server sent other bytes at {number << SEGMENT_BITS} before"
+                    f"{self._name}: the server sent other bytes at {number << SEGMENT_BITS}"
+                    " before; it can't be what its digest says"
                 )
             self._segments[number] = data
             while len(self._segments) > self._capacity:
@@ -400,7 +401,7 @@ class Claimed(DiskStore):
     def _lock_header(self, kind: int) -> bool:
         """Whether the lock was got (True) or the file system has none.  Raises BlockingIOError."""
         try:
-            _lock(self._map, kind, 0, 1)
+            lock(self._map, kind, 0, 1)
         except OSError as e:
             if e.errno in _NO_LOCKS:
                 return False
@@ -418,7 +419,7 @@ class Claimed(DiskStore):
         at once where another one holds some of them."""
         start, length = first << SEGMENT_BITS, (last - first + 1) << SEGMENT_BITS
         try:
-            _lock(self._fd, fcntl.F_WRLCK, start, length)
+            lock(self._fd, fcntl.F_WRLCK, start, length)
         except BlockingIOError:
             yield False
             return
@@ -428,7 +429,7 @@ class Claimed(DiskStore):
         try:
             yield True
         finally:
-            _lock(self._fd, fcntl.F_UNLCK, start, length)
+            lock(self._fd, fcntl.F_UNLCK, start, length)
 
     def settle(
         self, digest: str | None, verified: tuple[PrivateDirectory, str] | None
@@ -496,7 +497,7 @@ def _digest_of(store: DiskStore, algorithm: str) -> str | None:
     return f"{algorithm}:{found.hexdigest()}"
 
 
-def _lock(fd: int, kind: int, start: int, length: int) -> None:
+def lock(fd: int, kind: int, start: int, length: int) -> None:
     """A byte-range lock that belongs to the descriptor, not to the process."""
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
 
