@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NoReturn, Protocol
@@ -127,6 +128,16 @@ def _wait(fd: int, child: int, command: str) -> NoReturn:
     os._exit(1)
 
 
+def heeded(*signals: signal.Signals) -> tuple[signal.Signals, ...]:
+    """Those of some signals that end this process.  One that was ignored at its start stays ignored, as
+    nohup and shells want it for what they start in the background; SIGTERM never is."""
+    return tuple(
+        number
+        for number in signals
+        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN
+    )
+
+
 def open_standard_streams() -> None:
     """Make sure that descriptors 0 to 2 are taken, so that no file of ours becomes one of them."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -183,11 +194,17 @@ class OneLine(logging.Formatter):
         return super().formatMessage(record)
 
 
-def start_logging(command: str, *, foreground: bool, debug: int) -> None:
-    """Log to stderr in the foreground, else to syslog (which the journal reads) if there is one."""
+def start_logging(
+    command: str, *, foreground: bool, debug: int, log_file: str | None = None
+) -> None:
+    """Log to a file, to stderr in the foreground, else to syslog (which the journal reads) if there is
+    one.  Raises OSError where the file can't be opened."""
     level = logging.DEBUG if debug >= 3 else logging.INFO if debug else logging.WARNING
     handler: logging.Handler
-    if foreground:
+    if log_file is not None:
+        handler = logging.FileHandler(log_file)
+        handler.setFormatter(OneLine(f"%(asctime)s {command}[%(process)d]: %(message)s"))
+    elif foreground:
         handler = logging.StreamHandler()
         handler.setFormatter(OneLine(f"{command}: %(message)s"))
     else:

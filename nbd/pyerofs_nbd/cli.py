@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from pyerofs.daemon import access_to, ask_password, hide, open_standard_streams
+from pyerofs.daemon import access_to, ask_password, heeded, hide, open_standard_streams
 from pyerofs.errors import ErofsError, one_line
 from pyerofs_nbd.device import NbdError, node
 from pyerofs_nbd.options import Options, UsageError, for_exports, parse, usage
@@ -198,7 +198,7 @@ def _end_on_signals() -> None:
     def interrupt(number: int, _: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in heeded(signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
 
 
@@ -211,7 +211,7 @@ def _serve(options: Options) -> int:
     shared = for_exports(options)
     named += [(name, shared.spec(source)) for name, source in options.exports]
     access = access_to(options.words)
-    start_logging(COMMAND, foreground=True, debug=int(options.verbose))
+    start_logging(COMMAND, foreground=True, debug=int(options.verbose), log_file=options.log_file)
     from pyerofs_nbd.serve import serve
 
     serve(options, named, access)

@@ -27,7 +27,9 @@ from pyerofs_nbd.server import Server
 log = logging.getLogger("pyerofs-nbd")
 
 BACKLOG = 64
-MAX_CONNECTIONS = 128  # at once; more wait in the backlog
+MAX_CONNECTIONS = 128  # at once; for one more, one that is idle has to go
+HANDSHAKE_TIMEOUT = 10.0  # seconds that a client may take to say what it wants
+PLACE = 0.1  # seconds between attempts to make a place for a client
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 PAUSE = 0.2  # seconds to wait for descriptors or memory before accepting again
 PATH_MAX = 107  # bytes: sun_path with its final zero
@@ -254,7 +256,10 @@ async def serve(
     server: Server, listeners: Sequence[Listener], *, limit: int = MAX_CONNECTIONS
 ) -> None:
     """Serve all who connect, at most ``limit`` at once, until cancelled, or until all listeners were
-    of one client each and these are gone.  Closes the listeners."""
+    of one client each and these are gone.  Closes the listeners.
+
+    Where a client waits for a place, the connection that is idle for longest is ended for it; one with
+    a request in flight never is."""
     slots = trio.Semaphore(limit)
     try:
         async with trio.open_nursery() as nursery:
@@ -274,9 +279,9 @@ async def _accept(
     listening.setblocking(False)
     short = False
     while True:
-        await slots.acquire()
+        await trio.lowlevel.wait_readable(listening)
+        await _place(server, slots)
         try:
-            await trio.lowlevel.wait_readable(listening)
             client, _ = listening.accept()
         except OSError as e:
             slots.release()
@@ -293,6 +298,19 @@ async def _accept(
         nursery.start_soon(_serve_one, server, client, slots)
 
 
+async def _place(server: Server, slots: trio.Semaphore) -> None:
+    """Get one of the places for clients."""
+    while True:
+        try:
+            slots.acquire_nowait()
+            return
+        except trio.WouldBlock:
+            server.give_way()
+        with trio.move_on_after(PLACE):
+            await slots.acquire()
+            return
+
+
 async def _serve_one(server: Server, client: socket.socket, slots: trio.Semaphore) -> None:
     try:
         if client.family in (socket.AF_INET, socket.AF_INET6):
@@ -301,7 +319,7 @@ async def _serve_one(server: Server, client: socket.socket, slots: trio.Semaphor
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             except OSError:
                 pass  # gone already, which serving it will find
-        await server.serve_client(client)
+        await server.serve_client(client, HANDSHAKE_TIMEOUT)
     finally:
         slots.release()
 

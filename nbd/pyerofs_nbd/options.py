@@ -48,7 +48,7 @@ serve:
   --stdio                one client on stdin and stdout
   --export NAME=SOURCE   serve it under this name; repeat it
   --tls-cert FILE --tls-key FILE   offer TLS
-  --tls-ca FILE          and let clients with certificates of this authority in only
+  --tls-ca FILE          let only clients in with a certificate of this authority
   --tls-required         refuse clients without TLS
                          (sockets passed by systemd are served without any of these)
 
@@ -383,6 +383,10 @@ def _check_serving(options: Options) -> None:
         raise UsageError("--tls-cert and --tls-key belong together")
     if options.tls_cert is None and (options.tls_ca is not None or options.tls_required):
         raise UsageError("TLS needs --tls-cert and --tls-key")
+    if options.tls_ca is not None:
+        options.tls_required = (
+            True  # or clients without a certificate would only need to leave TLS out
+        )
     if options.tls_cert is not None and options.stdio:
         raise UsageError("--stdio is without TLS")
 

@@ -18,6 +18,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import TypeAlias
 
 import trio
@@ -34,6 +35,8 @@ from pyerofs_nbd.pagecache import PageCache
 log = logging.getLogger("pyerofs-nbd")
 
 HANDSHAKE_SECONDS = 30.0  # for all of it; people at an nbdsh prompt are slower, but can try again
+IDLE = 1.0  # seconds without a request after which a connection gives way where there is no room
+SILENT = 0.25  # seconds of a handshake, likewise
 LINGER = 30.0  # seconds that replies in flight may take after the client has said goodbye
 STALLED = 30.0  # seconds after which who reads nothing may lose what others wait for
 RECEIVE = p.REQUEST.size * 2340  # just below 64 KiB, so that a burst leaves no part of a request
@@ -92,18 +95,19 @@ class Server:
         self.releasing = False
         self.budget = Budget(ALL_BYTES)
         self._scopes: set[trio.CancelScope] = set()
+        self._greeting: dict[trio.CancelScope, float] = {}  # handshakes, and when they began
         self._serving: dict[_Transmission, None] = {}
         self._served = {id(e): _Served(e) for e in exports}
 
     # --- connections --------------------------------------------------------------------------
 
-    async def serve_client(self, sock: socket.socket) -> None:
+    async def serve_client(self, sock: socket.socket, handshake: float = HANDSHAKE_SECONDS) -> None:
         """Serve one client on a connected stream socket, from the handshake on, and close the socket.
 
         Whatever the client does ends this connection only; raises nothing but Cancelled."""
-        await self.serve_channel(SocketChannel(sock))
+        await self.serve_channel(SocketChannel(sock), handshake)
 
-    async def serve_channel(self, channel: Channel) -> None:
+    async def serve_channel(self, channel: Channel, handshake: float = HANDSHAKE_SECONDS) -> None:
         """The same for any channel.  TLS is for sockets only."""
         if self.stopping:
             await channel.aclose()
@@ -114,16 +118,19 @@ class Server:
             with trio.CancelScope() as scope:
                 self._scopes.add(scope)
                 try:
-                    with trio.move_on_after(HANDSHAKE_SECONDS):
+                    self._greeting[scope] = trio.current_time()
+                    with trio.move_on_after(handshake):
                         channel, found = await self._negotiate(channel)
+                    del self._greeting[scope]
                     if found is not None:
                         await self._transmit(channel, found)
                 finally:
+                    self._greeting.pop(scope, None)
                     self._scopes.discard(scope)
         except* GONE:
             pass
         except* Exception:
-            log.exception("a connection ended by a mistake of ours")
+            log.exception("internal error; closing the connection")
         finally:
             await channel.aclose()
 
@@ -209,6 +216,20 @@ class Server:
         finally:
             del self._serving[transmission]
 
+    def give_way(self) -> None:
+        """A client waits for a place: end the connection that is idle for longest.  First come those
+        that have said nothing in their handshake; one with a request or reply in flight never goes."""
+        now = trio.current_time()
+        if any(scope.cancel_called for scope in self._scopes):
+            return  # one is about to go
+        silent = [(since, s.cancel) for s, since in self._greeting.items() if now - since > SILENT]
+        idle = [(t.since, t.cancel) for t in self._serving if t.idle_now and now - t.since > IDLE]
+        for found in (silent, idle):
+            if found:
+                log.info("ending a connection that is idle: others wait for a place")
+                min(found, key=lambda pair: pair[0])[1]()
+                return
+
     def evict(self) -> None:
         """Somebody has waited long for others' bytes: end the connection that has held some for the
         longest time without reading them."""
@@ -275,6 +296,17 @@ class _Transmission:
         self._released = False
         self._idle = trio.Event()
         self._scope = trio.CancelScope()
+        self.since = trio.current_time()  # when the last requests were answered
+
+    @property
+    def idle_now(self) -> bool:
+        """Whether nothing is in flight, in either direction."""
+        return (
+            not self._busy
+            and self._requests.free >= MAX_REQUESTS
+            and self.channel.stalled == inf
+            and not self._scope.cancel_called
+        )
 
     def cancel(self) -> None:
         """End it, whatever is in flight."""
@@ -334,6 +366,7 @@ class _Transmission:
             leaving = await self._answer(requests, nursery)
             await self._flush()
             self._busy = False
+            self.since = trio.current_time()
             self._idle.set()
             if leaving or decoder.broken:
                 return leaving
@@ -428,6 +461,7 @@ class _Transmission:
             self._server.budget.give(amount)
             self._bytes.give(amount)
             self._requests.give(1)
+            self.since = trio.current_time()
             self._idle.set()
 
     async def _fetch(self, request: p.Request) -> None:

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import trio
 
-from pyerofs.daemon import start_logging
+from pyerofs.daemon import heeded, start_logging
 from pyerofs.errors import ErofsError, one_line
 from pyerofs.sources.base import AsyncSource
 from pyerofs.sources.open import open_async, pinned_spec
@@ -96,16 +96,8 @@ def _settle(job: Job, channel: socket.socket) -> None:
     for fd in (0,) if job.foreground else (0, 1, 2):
         os.dup2(null, fd)
     logging.root.handlers.clear()
-    if job.log_file is not None and not job.foreground:
-        handler = logging.FileHandler(job.log_file)
-        level = logging.INFO if job.verbose else logging.WARNING
-        logging.basicConfig(
-            level=level,
-            handlers=[handler],
-            format="%(asctime)s pyerofs-nbd[%(process)d]: %(message)s",
-        )
-    else:
-        start_logging(SERVER_NAME, foreground=job.foreground, debug=int(job.verbose))
+    log_file = None if job.foreground else job.log_file
+    start_logging(SERVER_NAME, foreground=job.foreground, debug=int(job.verbose), log_file=log_file)
 
 
 class _Devices:
@@ -130,7 +122,7 @@ class _Devices:
 
     async def run(self) -> int:
         """Returns the exit status."""
-        stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        stops = heeded(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         with trio.open_signal_receiver(*stops, ORPHANED) as signals:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(ORPHANED), 0, 0, 0)
             async with trio.open_nursery() as background:

@@ -105,6 +105,10 @@ class Verifiable(Protocol):
     """A source whose bytes are claimed until a digest of all of them was checked."""
 
     @property
+    def digest(self) -> str | None:
+        """What all bytes together have to be; None where nothing says so."""
+
+    @property
     def verified(self) -> bool:
         """Whether what is read is known to be what the digest says."""
 
@@ -138,7 +142,7 @@ def verifiable(source: AsyncSource) -> Verifiable | None:
     """What of a source, below what only shows a part of it, can check a digest."""
     while (inner := getattr(source, "inner", None)) is not None:
         source = inner
-    return source if isinstance(source, Verifiable) else None
+    return source if isinstance(source, Verifiable) and source.digest is not None else None
 
 
 def within(size: int, offset: int, length: int) -> bool:

@@ -140,6 +140,11 @@ class CachedSource:
         return self._store.backing
 
     @property
+    def digest(self) -> str | None:
+        """What all bytes together have to be; None where nothing says so."""
+        return self._store.digest
+
+    @property
     def verified(self) -> bool:
         """Whether what is read is known to be what the blob's digest says."""
         return self._store.verified
@@ -475,12 +480,8 @@ class CachedSource:
     async def verify(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Fetch what is missing, and check the digest over a whole pass.  ``progress``: as for Access.
 
-        Raises IntegrityError where it is wrong, SourceError where there is nothing to check it by, or
-        bytes can't be had."""
-        if self._store.digest is None:
-            raise SourceError(
-                f"{self.name}: --verify: there is no digest to check it by (dm-verity has one)"
-            )
+        Raises IntegrityError where it is wrong, SourceError where bytes can't be had.  There must be a
+        digest."""
         for number in range(self._count):
             if self.verified:
                 return
@@ -509,14 +510,14 @@ class CachedSource:
             if await trio.to_thread.run_sync(self._store.freeze):
                 break
             await trio.sleep(0.05)
-        assert self._store.digest is not None
-        algorithm = self._store.digest.partition(":")[0]
+        assert self.digest is not None
+        algorithm = self.digest.partition(":")[0]
         found = hashlib.new(algorithm)
         for number in range(self._count):
             data = await self.read_at(*self._store.extent(number))
             await trio.to_thread.run_sync(found.update, data)
         await self._landed()
-        if f"{algorithm}:{found.hexdigest()}" != self._store.digest:
+        if f"{algorithm}:{found.hexdigest()}" != self.digest:
             await trio.to_thread.run_sync(self._store.condemn)
         elif await trio.to_thread.run_sync(self._store.freeze):
             self._store.proven()

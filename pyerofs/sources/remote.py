@@ -333,14 +333,16 @@ async def _open_zstd(
                 except SourceError as e:
                     log.warning("%s; going on without the cache", e)
                     await blob.aclose()
-                    return DigestedSource(FileSource(os.dup(fd), name=blob.name), None)
+                    return DigestedSource(
+                        FileSource(os.dup(fd), name=blob.name), layer.digest, verified=True
+                    )
                 finally:
                     os.close(fd)
         if not alone:
             await trio.sleep(0.2)  # another process is unpacking it
     fd, _ = await unpack(blob, layer, diff_id, None, access)
     await blob.aclose()
-    return DigestedSource(FileSource(fd, name=blob.name), None)
+    return DigestedSource(FileSource(fd, name=blob.name), layer.digest, verified=True)
 
 
 async def _unpacked(
