@@ -38,10 +38,11 @@ class BlobStore:
         claimed: Callable[[], Claimed] | None = None,
         settled: tuple[PrivateDirectory, str] | None = None,
         room: Callable[[int], bool] = lambda _: True,
+        close: Callable[[], None] = lambda: None,
     ) -> None:
         """``claimed`` opens the blob of its origin on disk, where there is to be one; it may raise
         OSError.  ``settled``: where it goes once its digest was checked.  ``room``: whether the cache
-        may grow by so many bytes."""
+        may grow by so many bytes.  ``close``: called when this is closed."""
         self.name = name
         self.size = size
         self.digest = digest
@@ -51,6 +52,7 @@ class BlobStore:
         self._claimed: Claimed | None = None
         self._settled = settled
         self._room = room
+        self._close = close
         self._memory = MemoryStore(size, name)
         self._frozen: Claimed | None = None
         self.error: IntegrityError | None = None  # why nothing of it is handed out any more
@@ -242,3 +244,4 @@ class BlobStore:
             if disk is not None:
                 disk.close()
         self._memory.clear()
+        self._close()

@@ -109,6 +109,13 @@ class CacheDir:
         except OSError:
             return None
 
+    def close(self) -> None:
+        """Let go of the directory; idempotent."""
+        for folder in (self._top, self._verified, self._claimed, self._documents, self._answers):
+            folder.close()
+        if self._old is not None:
+            self._old.close()
+
     # blobs ------------------------------------------------------------------------------
 
     def blob(
@@ -130,6 +137,7 @@ class CacheDir:
             claimed=lambda: Claimed(self._claimed, key, size, about, vouched=digest is not None),
             settled=None if digest is None else (self._verified, _file_name(digest)),
             room=self.room,
+            close=self.close,
         )
 
     def verified(self, key: str) -> Verified | None:
@@ -153,7 +161,7 @@ class CacheDir:
         if not found.complete:
             found.close()
             return None
-        return BlobStore(name, found.size, key, verified=found)
+        return BlobStore(name, found.size, key, verified=found, close=self.close)
 
     def known_size(self, digest: str) -> int | None:
         """The size of a verified blob; None if it is not there."""

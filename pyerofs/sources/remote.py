@@ -44,10 +44,13 @@ log = logging.getLogger("pyerofs")
 async def open_remote(spec: SourceSpec, access: Access, nursery: trio.Nursery) -> AsyncSource:
     """A URL, a registry's layer or an OCI layout's, from its first byte.  Raises SourceError."""
     cache = await trio.to_thread.run_sync(_cache, access)
-    if spec.is_layout:
-        source = await _open_layout(spec, access, nursery, cache)
-    else:
-        source = await _open_far(spec, access, nursery, cache)
+    opener = _open_layout if spec.is_layout else _open_far
+    try:
+        source = await opener(spec, access, nursery, cache)
+    except BaseException:
+        if cache is not None:
+            cache.close()
+        raise
     if access.verify and spec.verity is None:
         try:
             await _verify(source, access)
