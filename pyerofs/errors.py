@@ -4,6 +4,7 @@
      +-- ErofsError                 anything pyerofs reports on purpose
           +-- CorruptImage          the image contradicts the format (names offset and/or nid)
           +-- UnsupportedFeature    valid or newer format that this version can't read (names it)
+          +-- DeviceMissing         a file lies on an extra device that was not given
           +-- NotFound              no such name                    (also a FileNotFoundError)
           +-- NotADirectory         a path goes through a file      (also a NotADirectoryError)
           +-- IsADirectory          file data asked of a directory  (also an IsADirectoryError)
@@ -12,6 +13,9 @@
           +-- TooManySymlinks       more than 40 links in one path
           +-- NoSuchXattr           no extended attribute of that name
           +-- SourceError           the bytes behind the image could not be had
+               +-- SourceNotFound   there is no such file           (also a FileNotFoundError)
+               +-- SourceDenied     it may not be read              (also a PermissionError)
+               +-- SourceThroughFile   its path goes through a file (also a NotADirectoryError)
                +-- TruncatedRead    the source ended before the bytes that were asked for
                +-- IntegrityError   bytes that contradict a digest, a checksum or a dm-verity tree
                +-- ChangedError     the image changed on its server while it was being read
@@ -88,6 +92,10 @@ class UnsupportedFeature(ErofsError):
     errno = errno.EOPNOTSUPP
 
 
+class DeviceMissing(ErofsError):
+    """A file lies on an extra device that was neither given nor appended to the image."""
+
+
 class _PathError(ErofsError, OSError):
     """An error about one path: an ErofsError that is also the matching builtin OSError."""
 
@@ -142,6 +150,42 @@ class NoSuchXattr(_PathError):
 
 class SourceError(ErofsError):
     """The bytes behind an image could not be read; the message names the source and the range."""
+
+
+class _FileError(SourceError, OSError):
+    """A SourceError that is also the OSError of the call that failed."""
+
+    def __init__(self, e: OSError, name: str) -> None:
+        OSError.__init__(self, e.errno, e.strerror, name)
+        self.errno = e.errno
+
+    def __str__(self) -> str:
+        return one_line(f"{self.filename}: {self.strerror}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (OSError(self.errno, self.strerror), self.filename)
+
+
+class SourceNotFound(_FileError, FileNotFoundError):
+    """There is no such file."""
+
+
+class SourceDenied(_FileError, PermissionError):
+    """The file may not be read."""
+
+
+class SourceThroughFile(_FileError, NotADirectoryError):
+    """The path goes through something that is no directory."""
+
+
+def file_error(e: OSError, name: str) -> SourceError:
+    """What the failure to open a file means."""
+    kinds = {
+        FileNotFoundError: SourceNotFound,
+        PermissionError: SourceDenied,
+        NotADirectoryError: SourceThroughFile,
+    }
+    return kinds.get(type(e), _FileError)(e, name)
 
 
 class TruncatedRead(SourceError):

@@ -9,7 +9,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias, TypeVar, cast
 
 from pyerofs import data, extent, superblock, tree
 from pyerofs import inode as inodes
@@ -23,6 +23,8 @@ from pyerofs.tree import PathLike, Stat
 from pyerofs.volume import Volume
 
 Target: TypeAlias = PathLike | Inode  # wherever a path is taken, an Inode will do
+
+T = TypeVar("T")
 
 BUFFER_SIZE = 64 << 10
 
@@ -107,6 +109,7 @@ class Image:
 
     def __init__(self, sources: Sequence[Source], cache_size: int = DEFAULT_CACHE_SIZE) -> None:
         self._sources = tuple(sources)
+        self._closed = False
         memory = BlockingMemory(self._sources, cache_size)
         sb = superblock.load(lambda at, n: memory.bytes_at(0, at, n), memory.sizes[0])
         self.volume = Volume(sb, memory, len(self._sources) - 1)
@@ -118,13 +121,24 @@ class Image:
         """What the superblock says: block size, features, label, times, devices …"""
         return self.volume.sb
 
+    def data_from(self, offset: int) -> int:
+        """Where the primary device has its next bytes that may be other than zeros, from ``offset`` on,
+        as far as its source can tell without reading."""
+        look = getattr(self._sources[0], "data_from", None)
+        return offset if look is None else int(look(offset))
+
     @property
-    def backing(self) -> tuple[int, int] | None:
-        """(descriptor, offset) of the file that the primary device is, if it is one."""
-        return self._sources[0].backing
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
 
     def close(self) -> None:
-        """Close what the image is read from.  Idempotent."""
+        """Close what the image is read from.  Idempotent.  What is asked of it afterwards raises
+        ValueError."""
+        self._closed = True
+        if hasattr(self, "volume"):
+            self.volume.memory = cast(BlockingMemory, _Closed())
+            self.volume.known.clear()
         for source in self._sources:
             source.close()
 
@@ -154,6 +168,8 @@ class Image:
 
     def lookup(self, path: Target, *, follow_symlinks: bool = True) -> Inode:
         """The inode at a path.  Raises NotFound, NotADirectory, TooManySymlinks."""
+        if self._closed:
+            raise ValueError("the image is closed")
         if isinstance(path, Inode):
             return path
         return tree.resolve(self.volume, tree.encode(path), follow_symlinks)
@@ -195,7 +211,13 @@ class Image:
         inode = self.lookup(path)
         if not inode.is_dir:
             raise NotADirectory(tree.shown(inode, path))
-        return (DirEntry(self, parent, e) for e in tree.entries(self.volume, inode))
+        return self._while_open(DirEntry(self, parent, e) for e in tree.entries(self.volume, inode))
+
+    def _while_open(self, items: Iterator[T]) -> Iterator[T]:
+        for item in items:
+            if self._closed:
+                raise ValueError("the image is closed")
+            yield item
 
     def listdir(self, path: Target = "/") -> list[str]:
         """The names in a directory."""
@@ -214,7 +236,7 @@ class Image:
             path = f"{above.rstrip('/')}/{below}" if below else above
             directories: list[DirEntry] = []
             others: list[DirEntry] = []
-            for dirent in tree.entries(self.volume, here):
+            for dirent in self._while_open(tree.entries(self.volume, here)):
                 entry = DirEntry(self, path, dirent)
                 (directories if entry.is_dir() else others).append(entry)
             yield path, directories, others
@@ -224,7 +246,7 @@ class Image:
 
     def open(self, path: Target) -> io.BufferedReader:
         """A seekable, buffered binary file.  Raises IsADirectory, NotAFile."""
-        return io.BufferedReader(ErofsFile(self, self._file(path)), BUFFER_SIZE)
+        return _Reader(ErofsFile(self, self._file(path)), BUFFER_SIZE)
 
     def read(self, path: Target, offset: int = 0, length: int | None = None) -> bytes:
         """``length`` bytes of a file at ``offset``, by default all; fewer only at its end.
@@ -240,12 +262,28 @@ class Image:
     def extents(self, path: Target) -> Iterator[Extent]:
         """The extent map of a file, directory or link: where each range of it lies."""
         inode = self.lookup(path)
-        return extent.extents(self.volume, inode, 0, inode.size)
+        return self._while_open(extent.extents(self.volume, inode, 0, inode.size))
 
     def _file(self, path: Target) -> Inode:
         inode = self.lookup(path)
         tree.require_file(inode, path)
         return inode
+
+
+class _Reader(io.BufferedReader):
+    """A buffered file that iteration, too, finds closed with its image."""
+
+    def __next__(self) -> bytes:
+        if self.closed:
+            raise ValueError("readline of closed file")
+        return super().__next__()
+
+
+class _Closed:
+    """The memory of a closed image."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ValueError("the image is closed")
 
 
 class ErofsFile(io.RawIOBase):
@@ -255,6 +293,11 @@ class ErofsFile(io.RawIOBase):
         self._image = image
         self.inode = inode
         self._position = 0
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file or its image is closed."""
+        return super().closed or self._image.closed
 
     def readable(self) -> bool:
         return True

@@ -9,6 +9,7 @@ from uuid import UUID
 from pyerofs import ondisk
 from pyerofs.crc32c import crc32c
 from pyerofs.errors import CorruptImage, UnsupportedFeature
+from pyerofs.recognise import recognise
 from pyerofs.sources.base import Buffer
 
 MAX_DEVICES = 4096  # bounds the device table (512 KiB); real images use a few dozen
@@ -154,13 +155,17 @@ def _load_record(read: Reader, available: int) -> tuple[ondisk.SuperBlock, int]:
     """The record and its size, extension slots included; the first checks."""
     base = ondisk.SUPER_OFFSET
     if available < base + ondisk.SUPER_BASE_SIZE:
-        raise CorruptImage(f"only {available} bytes, too short for a superblock", offset=0)
+        what = recognise(read, available)
+        raise CorruptImage(
+            f"no EROFS superblock: {what or f'only {available} bytes, too short for one'}", offset=0
+        )
     head = bytes(read(base, min(ondisk.SUPERBLOCK.size, available - base)))
     head = head.ljust(ondisk.SUPERBLOCK.size, b"\0")
     raw = ondisk.SuperBlock._make(ondisk.SUPERBLOCK.unpack(head))
     if raw.magic != ondisk.SUPER_MAGIC:
+        what = recognise(read, available)
         raise CorruptImage(
-            "no EROFS superblock (is it another file system, or does it need --offset?)",
+            f"no EROFS superblock: {what or 'is it something else, or does it need --offset?'}",
             offset=base,
         )
     if not ondisk.MIN_BLKSZBITS <= raw.blkszbits <= ondisk.MAX_BLKSZBITS:

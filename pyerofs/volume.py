@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyerofs.errors import CorruptImage, ErofsError
+from pyerofs.errors import CorruptImage, DeviceMissing, ErofsError
 from pyerofs.memory import METABOX, Memory
 from pyerofs.model import Inode
 from pyerofs.ondisk import ISLOT_BITS, NID_MASK, NID_METABOX_BIT
@@ -43,6 +43,17 @@ class Volume:
         memory.zero_padded = sb.zero_padded
         memory.lzma_dict_size = sb.lzma_dict_size
 
+    @property
+    def missing_devices(self) -> int:
+        """How many extra devices were neither given nor appended to the image."""
+        if self.extra_devices:
+            return 0
+        size = self.memory.sizes[0]
+        return sum(
+            not slot.uniaddr or slot.uniaddr << self.sb.block_bits >= size
+            for slot in self.sb.devices
+        )
+
     def inode_position(self, nid: int) -> tuple[int, int]:
         """The (pseudo) device and the byte offset of an inode."""
         if nid >> NID_METABOX_BIT:
@@ -58,12 +69,12 @@ class Volume:
                 return device, address
             slot = self.sb.devices[device - 1]
             if not slot.uniaddr:
-                raise ErofsError(
+                raise DeviceMissing(
                     f"nid {nid} lies on extra device {device}, which was not given (use --device)"
                 )
             mapped = address + (slot.uniaddr << self.sb.block_bits)
             if mapped >= self.memory.sizes[0]:
-                raise ErofsError(
+                raise DeviceMissing(
                     f"nid {nid} lies on extra device {device}, which was neither given (use"
                     " --device) nor appended to the image"
                 )

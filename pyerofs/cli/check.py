@@ -18,7 +18,7 @@ from pyerofs import data, directory, ondisk, tree, xattr
 from pyerofs import inode as inodes
 from pyerofs.cli.common import open_image, print_json, printable
 from pyerofs.cli.workers import Threads, Workers, WorkersEnded, hire
-from pyerofs.errors import CorruptImage, ErofsError
+from pyerofs.errors import CorruptImage, DeviceMissing, ErofsError
 from pyerofs.extent import extents
 from pyerofs.image import Image
 from pyerofs.model import HOLE, Dirent, Inode
@@ -93,7 +93,7 @@ class Problem:
 
 # a directory for messages (None: of no directory), names in it and nids
 Batch = tuple[bytes | None, list[tuple[bytes, int]]]
-Found = tuple[list[Problem], int]
+Found = tuple[list[Problem], int, int]  # problems, bytes, files on missing devices
 
 
 class Checker:
@@ -111,6 +111,7 @@ class Checker:
         self.problems: list[Problem] = []
         self.inodes = 0
         self.bytes = 0
+        self.unread = 0  # files on missing devices
 
     def run(self) -> None:
         """Check everything; fills ``problems``."""
@@ -122,9 +123,12 @@ class Checker:
             pass  # close tells why
         finally:
             results = self._workers.close()
-        for problems, size in results:
+        for problems, size, unread in results:
             self.problems += problems
             self.bytes += size
+            self.unread += unread
+        if self.unread:
+            self._add("", f"{self.unread} files lie on missing devices", None)
         del self.problems[MAX_PROBLEMS:]
         for nid, (place, name, nlink) in self._inodes.items():
             if self._links[nid] != nlink:
@@ -132,8 +136,8 @@ class Checker:
                     _shown(place, name), f"link count {nlink}, {self._links[nid]} names found", nid
                 )
 
-    def _found(self) -> tuple[list[Problem], int]:
-        return self.problems, self.bytes
+    def _found(self) -> Found:
+        return self.problems, self.bytes, self.unread
 
     def _add(self, path: str, what: str, nid: int | None, offset: int | None = None) -> None:
         with self._lock:
@@ -141,6 +145,10 @@ class Checker:
                 self.problems.append(Problem(path or "/", what, nid, offset))
 
     def _caught(self, path: str, e: Exception, nid: int) -> None:
+        if isinstance(e, DeviceMissing):
+            with self._lock:
+                self.unread += 1
+            return
         if isinstance(e, CorruptImage):
             self._add(path, e.what, e.nid if e.nid is not None else nid, e.offset)
         else:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from pyerofs import image
+from pyerofs.cli.messages import complain
 from pyerofs.daemon import access_to, start_logging
 from pyerofs.image import Image
 from pyerofs.progress import Download
@@ -34,6 +35,8 @@ def open_image(args: argparse.Namespace, *, whole: bool = False) -> Iterator[Ima
     finally:
         waiting.close()
     with opened:
+        if missing := opened.volume.missing_devices:
+            complain(f"{missing} extra devices of the image are missing (pass each with --device)")
         yield opened
         opened.verify(rest=whole)
 

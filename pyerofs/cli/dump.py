@@ -8,8 +8,6 @@ files refer to is listed once, with how many do.
 from __future__ import annotations
 
 import argparse
-import errno
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -127,15 +125,9 @@ def _is_zero(image: Image, start: int, end: int) -> bool:
     """Whether a range is zeros.  What a file does not store is not read."""
     at = start
     while at < end:
-        if image.backing is not None:
-            fd, base = image.backing
-            try:
-                at = max(at, os.lseek(fd, base + at, os.SEEK_DATA) - base)
-            except OSError as e:
-                if e.errno == errno.ENXIO:
-                    return True  # only holes from here on
-            if at >= end:
-                return True
+        at = image.data_from(at)
+        if at >= end:
+            return True
         if bytes(image.volume.memory.raw(0, at, min(PIECE, end - at))).strip(b"\0"):
             return False
         at += PIECE

@@ -24,7 +24,7 @@ from pyerofs.cli.common import open_image
 from pyerofs.cli.directories import OPEN, Directories
 from pyerofs.cli.messages import complain
 from pyerofs.cli.workers import Threads, Workers, WorkersEnded, hire
-from pyerofs.errors import ErofsError
+from pyerofs.errors import DeviceMissing, ErofsError
 from pyerofs.extent import extents
 from pyerofs.image import Image
 from pyerofs.model import HOLE, Inode
@@ -375,6 +375,8 @@ class Extractor:
     def _fail(self, path: bytes, e: Exception) -> None:
         with self._lock:
             self.failures += 1
+            if isinstance(e, DeviceMissing):
+                return  # which was said at the start
             self._progress.close()
             reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
             complain(f"{os.fsdecode(path) or '.'}: {reason}")

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from pyerofs import __version__
 from pyerofs.cli.messages import UsageError, complain
@@ -25,7 +25,7 @@ Data goes to stdout, messages to stderr.
 
 def build_parser() -> argparse.ArgumentParser:
     """The grammar of the whole command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pyerofs",
         description="Look into EROFS images and take things out of them.",
         epilog=EPILOG,
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="version", version=f"pyerofs {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND", dest="verb", required=True)
 
-    image = argparse.ArgumentParser(add_help=False)
+    image = _Parser(add_help=False)
     image.add_argument(
         "image", metavar="IMAGE",
         help="a file, a block device, a URL, oci://REFERENCE or oci-layout:DIR[:TAG]",
@@ -52,10 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
             f"--{name}", action=_SourceWord, dest="source", metavar=word.metavar,
             nargs=None if word.metavar else 0, help=word.help,
         )  # fmt: skip
-    json = argparse.ArgumentParser(add_help=False)
+    json = _Parser(add_help=False)
     json.add_argument("--json", action="store_true", help="print JSON")
 
-    def verb(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def verb(name: str, text: str, *parents: _Parser) -> argparse.ArgumentParser:
         return verbs.add_parser(
             name, help=text, description=text, parents=[image, *parents], allow_abbrev=False
         )
@@ -120,12 +120,40 @@ def _parse(words: list[str]) -> argparse.Namespace:
     """Parse the command line; options and paths of a verb may come in any order."""
     parser = build_parser()
     verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
-    if not words or words[0] not in verbs:
+    words = _verb_first(parser, words)
+    if not words or words[0].startswith("-"):
         return parser.parse_args(words)
+    if words[0] not in verbs:
+        parser.error(f"unknown command {words[0]!r}")
     verb, rest = words[0], _oci_first(words[1:])
     args: argparse.Namespace = verbs[verb].parse_intermixed_args(rest)
     args.verb = verb
     return args
+
+
+def _verb_first(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
+    """``--json ls IMAGE`` -> ``ls --json IMAGE``: options that several verbs have may come before."""
+    valued = {f"--{name}": bool(word.metavar) for name, word in WORDS.items()}
+    valued |= {"--json": False, "--cache-size": True, "--oci": True}
+    at = 0
+    while at < len(words) and words[at].startswith("-"):
+        name, equals, _ = words[at].partition("=")
+        if name in ("-h", "--help", "-V", "--version"):
+            return words
+        if name not in valued:
+            parser.error(f"unknown option {name} (before the command go those that all have)")
+        at += 2 if valued[name] and not equals else 1
+    if at and at >= len(words):
+        parser.error(f"{words[-1]}: a command is missing")
+    return [*words[at : at + 1], *words[:at], *words[at + 1 :]]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, not how everything would be right."""
+
+    def error(self, message: str) -> NoReturn:
+        complain(f"{message}; {self.prog} --help shows how")
+        raise SystemExit(2)
 
 
 def _oci_first(words: list[str]) -> list[str]:
@@ -174,12 +202,18 @@ def _size(text: str) -> int:
 
 def run() -> None:
     """The command's entry point."""
+    from pyerofs.daemon import open_standard_streams
+
+    open_standard_streams()
     sys.exit(main())
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parse(sys.argv[1:] if words is None else list(words))
+    if sys.stdout is None:
+        complain("there is no standard output")
+        return 1
     for stream in (sys.stdout, sys.stderr):  # names that are not UTF-8 come out as they are
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")

@@ -13,7 +13,7 @@ import stat
 import threading
 from typing import BinaryIO
 
-from pyerofs.errors import SourceError, TruncatedRead
+from pyerofs.errors import SourceError, TruncatedRead, file_error
 from pyerofs.sources.base import Buffer, check_range, within
 
 RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
@@ -33,7 +33,7 @@ class FileSource:
             try:
                 self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             except OSError as e:
-                raise SourceError(f"{self.name}: {e.strerror}") from None
+                raise file_error(e, self.name) from None
         try:
             mode = os.fstat(self._fd).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
@@ -89,6 +89,14 @@ class FileSource:
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
         except OSError:
             pass  # only a hint
+
+    def data_from(self, offset: int) -> int:
+        """Where the next bytes are that the file stores; the size if there are none.  What lies between
+        is zeros."""
+        try:
+            return max(offset, os.lseek(self._fd, offset, os.SEEK_DATA))
+        except OSError as e:
+            return self.size if e.errno == errno.ENXIO else offset
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeAlias, cast
 from pyerofs.sources.base import AsyncSource, Source
 from pyerofs.sources.file import FileObjectSource, FileSource
 from pyerofs.sources.slice import AsyncSlice, SliceSource
+from pyerofs.sources.sparse import unsparsed
 from pyerofs.sources.spec import HTTP, LAYOUT, OCI, Access, SourceSpec, parse_spec
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ Openable: TypeAlias = str | os.PathLike[str] | BinaryIO | Source | SourceSpec
 
 
 def open_source(what: Openable, access: Access | None = None) -> Source:
-    """A source for a path, a URL, a reference, a seekable binary file object, or a source itself.
+    """A source for a path, a URL, a reference, a seekable binary file object, or a source itself.  An
+    Android sparse image on this machine is shown as what it stands for.
 
     Raises SourceError."""
     spec = _far(what)
@@ -28,13 +30,13 @@ def open_source(what: Openable, access: Access | None = None) -> Source:
 
         return open_blocking(spec, access or Access())[0]
     if isinstance(what, SourceSpec):
-        source = FileSource(what.what)
+        source = unsparsed(FileSource(what.what))
         return _slice(source, what.offset) if what.offset else source
     if isinstance(what, (str, os.PathLike)):
-        return FileSource(what)
+        return unsparsed(FileSource(what))
     if hasattr(what, "read_at"):
         return cast(Source, what)
-    return FileObjectSource(what)
+    return unsparsed(FileObjectSource(what))
 
 
 def open_sources(
@@ -84,7 +86,7 @@ async def open_one(what: Openable, access: Access, nursery: trio.Nursery) -> Asy
 
         source = await open_remote(spec, access, nursery)
     else:
-        source = ThreadedSource(FileSource(spec.what))
+        source = ThreadedSource(unsparsed(FileSource(spec.what)))
     try:
         if spec.verity is not None:
             from pyerofs.sources.verity import open_verity

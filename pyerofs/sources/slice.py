@@ -32,6 +32,13 @@ class SliceSource:
         if hint is not None:
             hint(self._offset + offset, length)
 
+    def data_from(self, offset: int) -> int:
+        """As a FileSource has it."""
+        look = getattr(self._inner, "data_from", None)
+        return (
+            offset if look is None else min(look(self._offset + offset) - self._offset, self.size)
+        )
+
     @property
     def backing(self) -> tuple[int, int] | None:
         found = self._inner.backing

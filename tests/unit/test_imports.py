@@ -24,6 +24,7 @@ LAYERS = [
     "errors",
     "private",
     "ondisk",
+    "recognise",
     "units",
     "daemon",
     "progress",
