@@ -53,6 +53,13 @@ class ErofsFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
             fo = self._opened.open()
         self._image = image.open(fo, offset=offset, devices=devices or ())
 
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        """A path as fsspec's own methods compare and join it: with no slash in front."""
+        if isinstance(path, list):
+            return [cls._strip_protocol(p) for p in path]
+        return super()._strip_protocol(path).lstrip("/")
+
     def close(self) -> None:
         """Close the image and what it was read from."""
         self._image.close()

@@ -324,6 +324,8 @@ class ErofsFile(io.RawIOBase):
         return len(found)
 
     def readall(self) -> bytes:
+        if self.closed:
+            raise ValueError("read of closed file")
         found = data.read(self._image.volume, self.inode, self._position, self.inode.size)
         self._position += len(found)
         return bytes(found)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import pyfuse3
 
+from pyerofs.errors import one_line
 from pyerofs.memory import keep_freed_memory
 from pyerofs_fuse.options import Options, fuse_words
 
@@ -33,7 +34,7 @@ def mounted(operations: pyfuse3.Operations, options: Options, name: str) -> Iter
         pyfuse3.init(operations, options.mountpoint, set(fuse_words(options, name)))
     except RuntimeError:
         text = os.pread(said, 4096, 0).decode("utf-8", "replace")
-        raise MountError(f"{options.mountpoint}: {_explain(text)}") from None
+        raise MountError(f"{options.mountpoint}: {_explain(text, options.mountpoint)}") from None
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
@@ -44,8 +45,12 @@ def mounted(operations: pyfuse3.Operations, options: Options, name: str) -> Iter
         pyfuse3.close()
 
 
-def _explain(text: str) -> str:
+def _explain(text: str, where: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if _is_ours(where):
+        return "already mounted there, and only root can mount over it (fusermount3 -u unmounts)"
+    if _in_user_namespace():
+        return "can't be mounted from a user namespace without mounts of its own (see unshare -rm)"
     if any("user_allow_other" in line for line in lines):
         return "allow_other needs the line user_allow_other in /etc/fuse.conf (or root)"
     return lines[0] if lines else "can't be mounted (libfuse gives no reason)"
@@ -57,16 +62,44 @@ def tune() -> None:
     keep_freed_memory()
 
 
+def _mount_at(mountpoint: str) -> tuple[str, str] | None:
+    """(device number, file system type) of what is mounted there last; None if nothing is."""
+    where = os.fsencode(mountpoint).decode("utf-8", "surrogateescape")
+    with open("/proc/self/mountinfo", errors="surrogateescape") as f:
+        rows = [line.split() for line in f]
+    for row in reversed(rows):
+        if _unescaped(row[4]) == where:
+            return row[2], row[row.index("-") + 1]
+    return None
+
+
+def _is_ours(mountpoint: str) -> bool:
+    """Whether an image of ours is mounted there."""
+    try:
+        found = _mount_at(os.path.realpath(mountpoint))
+    except OSError:
+        return False
+    return found is not None and found[1] in ("fuse.pyerofs-fuse", "fuse.erofs", "erofs")
+
+
+def _in_user_namespace() -> bool:
+    try:
+        with open("/proc/self/uid_map") as f:
+            return f.read().split() != ["0", "0", "4294967295"]
+    except OSError:
+        return False
+
+
 def read_ahead(mountpoint: str) -> None:
     """Let the kernel read further ahead than its default of 128 KiB, where we may (as root)."""
-    where = os.fsencode(mountpoint).decode("utf-8", "surrogateescape")
     try:
-        with open("/proc/self/mountinfo", errors="surrogateescape") as f:
-            rows = [line.split() for line in f]
-        device = next(r[2] for r in reversed(rows) if _unescaped(r[4]) == where)
+        found = _mount_at(mountpoint)
+        if found is None:
+            return
+        device = found[0]
         with open(f"/sys/class/bdi/{device}/read_ahead_kb", "w") as f:
             f.write(str(READ_AHEAD_KB))
-    except (OSError, StopIteration):
+    except OSError:
         pass
 
 
@@ -90,6 +123,9 @@ def check(options: Options) -> None:
         raise MountError(f"{where}: {e.strerror}{hint}") from None
     if not stat.S_ISDIR(mode):
         raise MountError(f"{where}: not a directory")
+    if os.geteuid() == 0 and _is_ours(where):
+        message = f"{where}: an image is already mounted there; this mount hides it"
+        print(f"pyerofs-fuse: {one_line(message)}", file=sys.stderr)
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as e:

@@ -66,6 +66,10 @@ _IGNORED = {
     "ro", "rw", "defaults", "auto", "noauto", "user", "nouser", "users", "group", "owner", "nofail",
     "_netdev", "loop", "default", "silent", "loud", "intr", "nointr",
     "max_read",  # libfuse would have to be told by pyfuse3 as well, which can't
+    # erofsfuse hands these to libfuse's own loop, cache and id mapping, which do not serve here
+    "max_threads", "max_idle_threads", "clone_fd", "kernel_cache", "auto_cache", "noforget",
+    "umask", "uid", "gid", "entry_timeout", "negative_timeout", "attr_timeout", "ac_attr_timeout",
+    "remember", "modules",
 }  # fmt: skip
 
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias, cast
 
+from pyerofs.errors import SourceError, SourceNotFound
 from pyerofs.sources.base import AsyncSource, Source
 from pyerofs.sources.file import FileObjectSource, FileSource
+from pyerofs.sources.reference import parse_reference
 from pyerofs.sources.slice import AsyncSlice, SliceSource
 from pyerofs.sources.sparse import unsparsed
 from pyerofs.sources.spec import HTTP, LAYOUT, OCI, Access, SourceSpec, parse_spec
@@ -30,10 +32,10 @@ def open_source(what: Openable, access: Access | None = None) -> Source:
 
         return open_blocking(spec, access or Access())[0]
     if isinstance(what, SourceSpec):
-        source = unsparsed(FileSource(what.what))
+        source = _file(what.what)
         return _slice(source, what.offset) if what.offset else source
     if isinstance(what, (str, os.PathLike)):
-        return unsparsed(FileSource(what))
+        return _file(what)
     if hasattr(what, "read_at"):
         return cast(Source, what)
     return unsparsed(FileObjectSource(what))
@@ -86,7 +88,7 @@ async def open_one(what: Openable, access: Access, nursery: trio.Nursery) -> Asy
 
         source = await open_remote(spec, access, nursery)
     else:
-        source = ThreadedSource(unsparsed(FileSource(spec.what)))
+        source = ThreadedSource(_file(spec.what))
     try:
         if spec.verity is not None:
             from pyerofs.sources.verity import open_verity
@@ -117,6 +119,30 @@ def named(what: Openable, offset: int, devices: Sequence[Openable]) -> list[Open
     elif offset:
         what = _slice(open_source(what), offset)
     return [what, *devices]
+
+
+def _file(path: str | os.PathLike[str]) -> Source:
+    """A file on this machine.  Raises SourceError, which says so where it looks like a reference."""
+    try:
+        return unsparsed(FileSource(path))
+    except SourceNotFound as e:
+        text = os.fsdecode(path)
+        if not _looks_like_reference(text):
+            raise
+        hint = f"{e.strerror} (for an image in a registry write oci://{text})"
+        raise SourceNotFound(OSError(e.errno, hint), text) from None
+
+
+def _looks_like_reference(text: str) -> bool:
+    """``HOST[:PORT]/NAME[:TAG]``, and no path that somebody would write."""
+    host, slash, _ = text.partition("/")
+    if not slash or host.startswith(".") or not ("." in host or ":" in host or host == "localhost"):
+        return False
+    try:
+        parse_reference(text)
+    except SourceError:
+        return False
+    return True
 
 
 def _slice(source: Source, offset: int) -> Source:

@@ -310,8 +310,9 @@ class TestPlantedLinks:
             with suppress(SourceError), opened(what, access(cache_dir=str(directory))) as image:
                 assert image.read("/big") == BIG.content
                 for path in files(directory):
-                    if path.suffix == ".data" and path.stat().st_uid == SOMEBODY:
-                        path.write_bytes(os.urandom(len(BIG.image)))
+                    with suppress(FileNotFoundError):  # what was found right goes elsewhere
+                        if path.suffix == ".data" and path.stat().st_uid == SOMEBODY:
+                            path.write_bytes(os.urandom(len(BIG.image)))
                 assert image.read("/big") == BIG.content
                 assert image.read("/small") == b"small\n"
 

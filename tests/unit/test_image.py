@@ -272,7 +272,7 @@ class TestOpening:
         inode = image.lookup("size-65537")
         image.close()
         image.close()
-        with pytest.raises(pyerofs.SourceError):
+        with pytest.raises(ValueError, match="closed"):
             image.read(inode)
 
     def test_at_an_offset(self) -> None:
