@@ -58,6 +58,10 @@ class PrivateDirectory:
             follow = 0
         return cls(os.open(path, _DIRECTORY | follow), path, owner)
 
+    def copy(self) -> PrivateDirectory:
+        """The same directory with a descriptor of its own."""
+        return PrivateDirectory(os.dup(self.fd), self.path, self.owner)
+
     def subdirectory(self, name: str, *, create: bool = True) -> PrivateDirectory:
         """A directory in this one, of the same owner; never through a link."""
         if create:
@@ -120,10 +124,18 @@ class PrivateDirectory:
             return False
         return True
 
+    def leads_to(self, name: str, fd: int) -> bool:
+        """Whether a name is that of the file that is open as ``fd``."""
+        try:
+            found = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except OSError:
+            return False
+        return os.path.samestat(found, os.fstat(fd))
+
     def unlink_same(self, name: str, fd: int) -> None:
         """Remove a name if it still leads to the file that is open as ``fd``.  Best effort."""
         try:
-            if os.path.samestat(os.stat(name, dir_fd=self.fd, follow_symlinks=False), os.fstat(fd)):
+            if self.leads_to(name, fd):
                 os.unlink(name, dir_fd=self.fd)
         except OSError:
             pass

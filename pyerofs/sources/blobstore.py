@@ -125,6 +125,12 @@ class BlobStore:
                 return found
         return None
 
+    def adopt(self, verified: Verified | None) -> None:
+        """Take in a verified blob that has turned up, if one has."""
+        if verified is not None:
+            self._verified = verified
+            self._disks = (verified, *self._disks)
+
     # writing -----------------------------------------------------------------------------
 
     def _writable(self) -> Claimed | None:

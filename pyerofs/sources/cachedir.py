@@ -129,7 +129,7 @@ class CacheDir:
             raise SourceError(f"{name}: has {verified.size} bytes, not {size} as claimed")
         key = origin.key(what, size)
         about = {"key": digest or f"url:{key}", "name": name}
-        return BlobStore(
+        store = BlobStore(
             name,
             size,
             digest,
@@ -139,6 +139,9 @@ class CacheDir:
             room=self.room,
             close=self.close,
         )
+        if digest is not None and verified is None and not store.present():
+            store.adopt(self.verified(digest))  # it may just have been found right by others
+        return store
 
     def verified(self, key: str) -> Verified | None:
         """A blob whose digest was checked, if it is there."""

@@ -360,7 +360,9 @@ class Claimed(DiskStore):
         self.about = about
         self._vouched = vouched
         self._writers = 0  # threads of this process that write; they share one lock
-        super().__init__(folder, name, _open_map(folder, name, size, about), size)
+        map_fd = _open_map(folder, name, size, about)
+        super().__init__(folder, name, map_fd, size)
+        _lock_names(map_fd, fcntl.F_UNLCK)  # which ``_open_map`` has locked
 
     def put(self, number: int, data: Buffer) -> None:
         """Keep a segment.  Blocks.  Raises OSError where there is no room, or where the blob must not
@@ -439,6 +441,7 @@ class Claimed(DiskStore):
         True: it has the digest (or there is none to have); it is on the disk, and where a place for
         ``verified`` blobs is given, it is there.  False: it is wrong, and gone.  None: some of it is
         missing, somebody writes, or there are no locks, and it stays as it is.  Raises OSError."""
+        place = None if verified is None else verified[0].copy()
         own = self.frozen()
         if own is None:
             return None
@@ -451,10 +454,10 @@ class Claimed(DiskStore):
                 self._state = BAD
                 return False
             os.fdatasync(own._fd)
-            if verified is not None:
-                place, name = verified
+            if verified is not None and place is not None:
+                _lock_names(own._map, fcntl.F_WRLCK)  # nobody opens one file here, and one there
                 for suffix in (".data", ".map"):
-                    self.folder.rename(self.name + suffix, place, name + suffix)
+                    own.folder.rename(own.name + suffix, place, verified[1] + suffix)
             own._set_state(COMPLETE)
             self._state = COMPLETE
             return True
@@ -466,7 +469,8 @@ class Claimed(DiskStore):
         closed.  It has descriptors of its own, to which the lock belongs.
 
         None where somebody is just writing, or the file system has no locks.  Raises OSError."""
-        own = Claimed(self.folder, self.name, self.size, self.about, vouched=self._vouched)
+        folder = self.folder.copy()  # the caller may close its own meanwhile
+        own = Claimed(folder, self.name, self.size, self.about, vouched=self._vouched)
         try:
             same = os.path.samestat(os.fstat(own._map), os.fstat(self._map))
             if same and own._lock_header(fcntl.F_WRLCK):
@@ -502,6 +506,17 @@ def lock(fd: int, kind: int, start: int, length: int) -> None:
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
 
 
+def _lock_names(map_fd: int, kind: int) -> None:
+    """Hold the two files of a claimed blob together: shared while both are opened, exclusively while
+    both are moved.  Waits."""
+    try:
+        flock = _FLOCK.pack(kind, os.SEEK_SET, 1, 1, 0)
+        fcntl.fcntl(map_fd, fcntl.F_OFD_SETLKW, flock)
+    except OSError as e:
+        if e.errno not in _NO_LOCKS:
+            raise
+
+
 def _open_existing(folder: PrivateDirectory, name: str) -> int | None:
     """The map's descriptor, locked against eviction; None where there is none."""
     while True:
@@ -519,7 +534,8 @@ def _open_existing(folder: PrivateDirectory, name: str) -> int | None:
 
 
 def _open_map(folder: PrivateDirectory, name: str, size: int, about: dict[str, Any]) -> int:
-    """The descriptor of a map with a header that makes sense, locked against eviction."""
+    """The descriptor of a map with a header that makes sense, locked against eviction; and its names
+    are locked against being moved."""
     while True:
         for suffix in (".map", ".data"):
             try:
@@ -537,13 +553,13 @@ def _open_map(folder: PrivateDirectory, name: str, size: int, about: dict[str, A
             else:
                 _initialise(fd, size, about)
             fcntl.flock(fd, fcntl.LOCK_SH)
+            _lock_names(fd, fcntl.F_RDLCK)
             header = parse_header(os.pread(fd, HEADER_SIZE, 0))
-            if os.fstat(fd).st_nlink and header is not None and header[:2] in (
-                (size, FILLING), (size, COMPLETE)
-            ):  # fmt: skip
+            good = header is not None and header[:2] in ((size, FILLING), (size, COMPLETE))
+            if good and folder.leads_to(f"{name}.map", fd):
                 os.utime(fd)  # the time of its last use, for eviction
                 return fd
-            # evicted, discarded or damaged in between, or its maker has died: once more
+            # evicted, moved, discarded or damaged in between, or its maker has died: once more
             folder.unlink_same(f"{name}.map", fd)
         except BaseException:
             os.close(fd)
