@@ -157,7 +157,7 @@ def _load_record(read: Reader, available: int) -> tuple[ondisk.SuperBlock, int]:
     if available < base + ondisk.SUPER_BASE_SIZE:
         what = recognise(read, available)
         raise CorruptImage(
-            f"no EROFS superblock: {what or f'only {available} bytes, too short for one'}", offset=0
+            f"{what or f'only {available} bytes'}, too short for a superblock", offset=0
         )
     head = bytes(read(base, min(ondisk.SUPERBLOCK.size, available - base)))
     head = head.ljust(ondisk.SUPERBLOCK.size, b"\0")

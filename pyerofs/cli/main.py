@@ -152,7 +152,8 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, not how everything would be right."""
 
     def error(self, message: str) -> NoReturn:
-        complain(f"{message}; {self.prog} --help shows how")
+        print(f"usage: {self.prog} ... ({self.prog} --help shows how)", file=sys.stderr)
+        complain(message)
         raise SystemExit(2)
 
 

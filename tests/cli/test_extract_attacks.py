@@ -234,13 +234,6 @@ def test_a_name_that_comes_twice_is_a_problem(
     assert any(p["path"] == "/d/x" or p["what"].startswith("entry b'") for p in found)
 
 
-def test_what_check_skips_it_does_not_count(run: Run, tmp_path: Path) -> None:
-    image = twice("with a smaller one between", ("directory", "other"), b"/nowhere")
-    facts = run("check", "--json", save(tmp_path / "image", image)).json
-    assert facts["inodes"] == 4  # the root, d, x and evil
-    assert not [p for p in facts["problems"] if p["path"].startswith("/d/x/other")]
-
-
 @by_threads_and_processes
 def test_names_out_of_order_are_skipped_and_all_others_extracted(
     run: Run, tmp_path: Path, inos: int

@@ -420,7 +420,7 @@ VALUES: list[Any] = [
     None, [], {}, -1, 0, 2**60, 2**70, 1e300, "", "\0", "\ud800", "\u00e9", "sha256:",
     "sha256:\0", "sha256:\ud800", "sha256:" + "../" * 30, "sha256:" + "f" * 64, '"a"\r\nX: y',
 ]  # fmt: skip
-LANES = 4  # caches that are tried at the same time
+LANES = 8  # caches that are tried at the same time
 
 
 class TestDocuments:
@@ -500,7 +500,8 @@ def _variants(text: bytes) -> Iterator[bytes]:
 def _tried(what: str, directory: Path, reachable: bool) -> str | None:
     """What is wrong with what comes of it."""
     try:
-        with opened(what, access(cache_dir=str(directory), timeout=2.0)) as image:
+        seconds = 5.0 if reachable else 0.3
+        with opened(what, access(cache_dir=str(directory), timeout=seconds)) as image:
             found = image.read("/small")
     except SourceError as e:
         return str(e) if reachable else None
