@@ -33,7 +33,7 @@ from pyerofs.memory import (
     decode_ns,
 )
 from pyerofs.model import ENCODED, FRAGMENT, PLAIN, Dirent, Extent, Inode
-from pyerofs.sources.base import QUICK_NS, AsyncSource, Buffer, Source
+from pyerofs.sources.base import QUICK_NS, AsyncSource, Buffer, Source, verifiable
 from pyerofs.sources.open import Openable, named, open_one
 from pyerofs.sources.spec import Access
 from pyerofs.tree import PathLike, Stat
@@ -144,6 +144,13 @@ class AsyncImage:
     def local(self) -> bool:
         """Whether all bytes are on this machine, for now."""
         return all(s.blocking is not None for s in self._sources)
+
+    async def verify(self, *, rest: bool = True) -> None:
+        """As ``Image.verify``."""
+        for source in self._sources:
+            digested = verifiable(source)
+            if digested is not None and (rest or digested.whole):
+                await digested.verify()
 
     def status(self) -> list[dict[str, Any]]:
         """What each source has to say of itself; see ``AsyncSource.status``."""

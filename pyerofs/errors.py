@@ -152,40 +152,50 @@ class SourceError(ErofsError):
     """The bytes behind an image could not be read; the message names the source and the range."""
 
 
-class _FileError(SourceError, OSError):
-    """A SourceError that is also the OSError of the call that failed."""
+class _OfAFile(OSError):
+    """What a SourceError needs to be the builtin error about a file, too."""
 
-    def __init__(self, e: OSError, name: str) -> None:
-        OSError.__init__(self, e.errno, e.strerror, name)
-        self.errno = e.errno
+    def __init__(self, message: str = "", filename: str | None = None) -> None:
+        OSError.__init__(self, type(self).errno, one_line(message))
+        self.filename = filename
 
     def __str__(self) -> str:
-        return one_line(f"{self.filename}: {self.strerror}")
+        return str(self.args[1])
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (OSError(self.errno, self.strerror), self.filename)
+        return type(self), (self.args[1], self.filename)
 
 
-class SourceNotFound(_FileError, FileNotFoundError):
+class SourceNotFound(_OfAFile, SourceError, FileNotFoundError):
     """There is no such file."""
 
+    errno = errno.ENOENT
 
-class SourceDenied(_FileError, PermissionError):
+
+class SourceDenied(_OfAFile, SourceError, PermissionError):
     """The file may not be read."""
 
+    errno = errno.EACCES
 
-class SourceThroughFile(_FileError, NotADirectoryError):
+
+class SourceThroughFile(_OfAFile, SourceError, NotADirectoryError):
     """The path goes through something that is no directory."""
+
+    errno = errno.ENOTDIR
+
+
+_OF_FILES: dict[type[OSError], type[SourceError]] = {
+    FileNotFoundError: SourceNotFound,
+    PermissionError: SourceDenied,
+    NotADirectoryError: SourceThroughFile,
+}
 
 
 def file_error(e: OSError, name: str) -> SourceError:
     """What the failure to open a file means."""
-    kinds = {
-        FileNotFoundError: SourceNotFound,
-        PermissionError: SourceDenied,
-        NotADirectoryError: SourceThroughFile,
-    }
-    return kinds.get(type(e), _FileError)(e, name)
+    kind = _OF_FILES.get(type(e))
+    message = f"{name}: {e.strerror}"
+    return SourceError(message) if kind is None else kind(message, name)  # type: ignore[call-arg]
 
 
 class TruncatedRead(SourceError):

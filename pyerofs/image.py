@@ -121,12 +121,6 @@ class Image:
         """What the superblock says: block size, features, label, times, devices …"""
         return self.volume.sb
 
-    def data_from(self, offset: int) -> int:
-        """Where the primary device has its next bytes that may be other than zeros, from ``offset`` on,
-        as far as its source can tell without reading."""
-        look = getattr(self._sources[0], "data_from", None)
-        return offset if look is None else int(look(offset))
-
     @property
     def closed(self) -> bool:
         """Whether it was closed."""

@@ -198,6 +198,11 @@ class Memory(ABC):
             )
         return self._load(device, offset, length, False)
 
+    def data_from(self, device: int, offset: int) -> int:
+        """Where a device has its next bytes that may be other than zeros, from ``offset`` on, as far as
+        its source can tell without reading."""
+        return offset
+
     def decoded(self, pcluster: Pcluster) -> Buffer:
         """The decoded bytes of a pcluster, at least ``pcluster.length`` of them."""
         found = self.pclusters.get(pcluster[:5])
@@ -274,6 +279,10 @@ class BlockingMemory(Memory):
 
     def _decode(self, pcluster: Pcluster) -> Buffer:
         return self.decode(pcluster, self.encoded(pcluster))
+
+    def data_from(self, device: int, offset: int) -> int:
+        look = getattr(self._sources[device], "data_from", None)
+        return offset if look is None else int(look(offset))
 
 
 Peek = Callable[[int, int], Buffer | None]

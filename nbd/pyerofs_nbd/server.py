@@ -101,14 +101,15 @@ class Server:
 
     # --- connections --------------------------------------------------------------------------
 
-    async def serve_client(self, sock: socket.socket, handshake: float = HANDSHAKE_SECONDS) -> None:
+    async def serve_client(self, sock: socket.socket, handshake: float | None = None) -> None:
         """Serve one client on a connected stream socket, from the handshake on, and close the socket.
 
         Whatever the client does ends this connection only; raises nothing but Cancelled."""
         await self.serve_channel(SocketChannel(sock), handshake)
 
-    async def serve_channel(self, channel: Channel, handshake: float = HANDSHAKE_SECONDS) -> None:
-        """The same for any channel.  TLS is for sockets only."""
+    async def serve_channel(self, channel: Channel, handshake: float | None = None) -> None:
+        """The same for any channel.  TLS is for sockets only.  ``handshake``: seconds that it may take,
+        by default HANDSHAKE_SECONDS."""
         if self.stopping:
             await channel.aclose()
             return
@@ -119,7 +120,7 @@ class Server:
                 self._scopes.add(scope)
                 try:
                     self._greeting[scope] = trio.current_time()
-                    with trio.move_on_after(handshake):
+                    with trio.move_on_after(handshake or HANDSHAKE_SECONDS):
                         channel, found = await self._negotiate(channel)
                     del self._greeting[scope]
                     if found is not None:

@@ -125,7 +125,7 @@ def _is_zero(image: Image, start: int, end: int) -> bool:
     """Whether a range is zeros.  What a file does not store is not read."""
     at = start
     while at < end:
-        at = image.data_from(at)
+        at = image.volume.memory.data_from(0, at)
         if at >= end:
             return True
         if bytes(image.volume.memory.raw(0, at, min(PIECE, end - at))).strip(b"\0"):

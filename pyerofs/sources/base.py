@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-from pyerofs.errors import TruncatedRead
+from pyerofs.errors import SourceError, TruncatedRead
 
 if TYPE_CHECKING:
     from pyerofs.sources.spec import SourceSpec
@@ -24,6 +24,10 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 MAX_BLOB = 1 << 44  # bytes: what ext4 holds in a file; a larger claim is a mistake or an attack
 QUICK_NS = 300_000  # nanoseconds: an SSD's answer; going through a thread costs a third of that
+
+
+class NoRoom(SourceError):
+    """A file system is full."""
 
 
 class Source(Protocol):

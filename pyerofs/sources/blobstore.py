@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from pyerofs.errors import IntegrityError
 from pyerofs.private import PrivateDirectory
@@ -37,12 +37,12 @@ class BlobStore:
         verified: Verified | None = None,
         claimed: Callable[[], Claimed] | None = None,
         settled: tuple[PrivateDirectory, str] | None = None,
-        room: Callable[[int], bool] = lambda _: True,
+        storing: Callable[[int], AbstractContextManager[bool]] = lambda _: nullcontext(True),
         close: Callable[[], None] = lambda: None,
     ) -> None:
         """``claimed`` opens the blob of its origin on disk, where there is to be one; it may raise
-        OSError.  ``settled``: where it goes once its digest was checked.  ``room``: whether the cache
-        may grow by so many bytes.  ``close``: called when this is closed."""
+        OSError.  ``settled``: where it goes once its digest was checked.  ``storing``: whether the
+        cache may grow by so many bytes, while they are written.  ``close``: called at the end."""
         self.name = name
         self.size = size
         self.digest = digest
@@ -51,7 +51,7 @@ class BlobStore:
         self._open_claimed = claimed
         self._claimed: Claimed | None = None
         self._settled = settled
-        self._room = room
+        self._storing = storing
         self._close = close
         self._memory = MemoryStore(size, name)
         self._frozen: Claimed | None = None
@@ -152,9 +152,10 @@ class BlobStore:
         disk = None if self._frozen is not None else self._writable()
         if disk is not None and not self._memory.knows(number):
             try:
-                if self._room(len(data)):
-                    disk.put(number, data)
-                    return
+                with self._storing(len(data)) as room:
+                    if room:
+                        disk.put(number, data)
+                        return
             except OSError as e:
                 self._warn(e)
         self._memory.put(number, data)

@@ -30,7 +30,7 @@ from typing import Any
 
 from pyerofs.errors import SourceError
 from pyerofs.private import PrivateDirectory
-from pyerofs.sources.base import MAX_BLOB
+from pyerofs.sources.base import MAX_BLOB, NoRoom
 from pyerofs.sources.blobstore import BlobStore
 from pyerofs.sources.claim import Origin
 from pyerofs.sources.store import (
@@ -90,6 +90,7 @@ class CacheDir:
         self._lock = threading.Lock()
         self._room = 0  # bytes that may be stored without looking
         self._spooled = 0  # bytes in files without a name
+        self._writing = 0  # bytes that are just being written
         self._full_until = 0.0
         try:
             self._top = PrivateDirectory.open(self.path, links=True)
@@ -136,7 +137,7 @@ class CacheDir:
             verified=verified,
             claimed=lambda: Claimed(self._claimed, key, size, about, vouched=digest is not None),
             settled=None if digest is None else (self._verified, _file_name(digest)),
-            room=self.room,
+            storing=self.storing,
             close=self.close,
         )
         if digest is not None and verified is None and not store.present():
@@ -286,7 +287,8 @@ class CacheDir:
         with self._lock:
             if self._room < n and time.monotonic() >= self._full_until:
                 wanted = max(n, min(ROOM_STEP, self.limit // 16))
-                stored = self._spooled + self._evict(self.limit - self._spooled - wanted)
+                unseen = self._spooled + self._writing  # by a look at what is stored
+                stored = unseen + self._evict(self.limit - unseen - wanted)
                 self._room = min(self.limit - stored, wanted)
                 if self._room < n:
                     self._full_until = time.monotonic() + FULL_FOR
@@ -294,6 +296,18 @@ class CacheDir:
                 return False
             self._room -= n
             return True
+
+    @contextmanager
+    def storing(self, n: int) -> Iterator[bool]:
+        """The same while they are written: others' growth is counted meanwhile."""
+        found = self.room(n)
+        with self._lock:
+            self._writing += n
+        try:
+            yield found
+        finally:
+            with self._lock:
+                self._writing -= n
 
     def spool_room(self, n: int) -> bool:
         """The same for a file without a name, which no other look at the directory finds."""
@@ -387,7 +401,8 @@ def _file_name(key: str) -> str:
 
 def _unusable(e: OSError, path: str) -> SourceError:
     """One line about a cache that can't be used."""
-    return SourceError(f"the cache {e.filename or path} can't be used: {e.strerror} (--cache-dir)")
+    kind = NoRoom if e.errno in (errno.ENOSPC, errno.EDQUOT) else SourceError
+    return kind(f"the cache {e.filename or path} can't be used: {e.strerror} (--cache-dir)")
 
 
 def _try_write(folder: PrivateDirectory, name: str, data: bytes) -> None:
@@ -411,7 +426,10 @@ def _file_digest(fd: int, like: str) -> str:
 def temporary_file(cache: CacheDir | None) -> int:
     """The descriptor of a file without a name: on the cache's file system, or where such files go."""
     if cache is not None:
-        return cache.temporary()
+        try:
+            return cache.temporary()
+        except NoRoom:
+            pass
     try:
         with tempfile.TemporaryFile() as f:
             return os.dup(f.fileno())

@@ -13,7 +13,7 @@ import httpx
 import trio
 
 from pyerofs.errors import ChangedError, SourceError
-from pyerofs.sources.base import MAX_BLOB
+from pyerofs.sources.base import MAX_BLOB, NoRoom
 from pyerofs.sources.store import SEGMENT
 from pyerofs.sources.transport import (
     MAX_ATTEMPTS,
@@ -278,7 +278,7 @@ def _write_all(fd: int, data: bytes, offset: int) -> None:
             n = os.pwrite(fd, view, offset)
             view, offset = view[n:], offset + n
     except OSError as e:
-        raise SourceError(f"the download can't be kept: {e.strerror}") from None
+        raise NoRoom(f"the download can't be kept: {e.strerror}") from None
 
 
 def _validators(response: httpx.Response) -> tuple[str | None, str | None]:
@@ -309,7 +309,7 @@ def content_range(response: httpx.Response, shown: str) -> tuple[int, int, int |
 def content_length(response: httpx.Response) -> int | None:
     """The announced length of a body, if there is one.  Raises SourceError where it is impossible."""
     text = response.headers.get("content-length", "")
-    length = int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
+    length = int(text) if re.fullmatch(r"\d{1,40}", text, re.ASCII) else None
     if length is not None and length > MAX_BLOB:
         raise SourceError(
             f"a body of {length} bytes was announced; at most {MAX_BLOB} are possible"

@@ -129,8 +129,8 @@ def _file(path: str | os.PathLike[str]) -> Source:
         text = os.fsdecode(path)
         if not _looks_like_reference(text):
             raise
-        hint = f"{e.strerror} (for an image in a registry write oci://{text})"
-        raise SourceNotFound(OSError(e.errno, hint), text) from None
+        hint = f"{e} (for an image in a registry write oci://{text})"
+        raise SourceNotFound(hint, text) from None
 
 
 def _looks_like_reference(text: str) -> bool:

@@ -12,7 +12,7 @@ import trio
 
 from pyerofs.errors import IntegrityError, SourceError
 from pyerofs.sources.auth import BasicAuthority
-from pyerofs.sources.base import MAX_BLOB, AsyncSource, verifiable
+from pyerofs.sources.base import MAX_BLOB, AsyncSource, NoRoom, verifiable
 from pyerofs.sources.blobstore import BlobStore
 from pyerofs.sources.cached import CachedSource, Remote
 from pyerofs.sources.cachedir import CacheDir, temporary_file
@@ -36,7 +36,7 @@ from pyerofs.sources.spec import OCI, Access, SourceSpec
 from pyerofs.sources.store import MEMORY_SEGMENTS, SEGMENT
 from pyerofs.sources.threaded import ThreadedSource
 from pyerofs.sources.transport import Pace, Target, Traffic, Transient, Transport
-from pyerofs.sources.unpack import NoRoom, unpack
+from pyerofs.sources.unpack import unpack
 
 log = logging.getLogger("pyerofs")
 
@@ -95,7 +95,7 @@ def _cache(access: Access) -> CacheDir | None:
     try:
         return CacheDir(access.cache_dir, access.cache_limit)
     except SourceError as e:
-        if access.cache_dir is not None:
+        if access.cache_dir is not None and not isinstance(e, NoRoom):
             raise
         log.warning("%s; going on without a cache", e)
         return None
@@ -212,6 +212,12 @@ async def _download(
             room=cache.spool_room if cache is not None else lambda _: True,
             progress=access.progress,
         )  # fmt: skip
+    except NoRoom as e:
+        os.close(fd)
+        if cache is None:
+            raise
+        log.warning("%s; trying where temporary files go", e)
+        return await _download(target, authority, transport, access, None)
     except BaseException:
         os.close(fd)
         raise
@@ -355,7 +361,7 @@ async def _unpacked(
     try:
         return await unpack(blob, layer, diff_id, cache, access)
     except NoRoom:
-        log.warning("%s: no room to unpack %s there", cache.path, blob.name)
+        log.info("%s: no room to unpack %s there", cache.path, blob.name)
         return await unpack(blob, layer, diff_id, None, access)
 
 

@@ -14,6 +14,7 @@ from typing import BinaryIO, cast
 import trio
 
 from pyerofs.errors import IntegrityError, SourceError
+from pyerofs.sources.base import NoRoom
 from pyerofs.sources.cached import Remote
 from pyerofs.sources.cachedir import CacheDir, temporary_file
 from pyerofs.sources.oci import Descriptor
@@ -22,10 +23,6 @@ from pyerofs.sources.transport import Pace
 
 PIECE = 1 << 20
 MAX_WINDOW = 1 << 27  # of a zstd stream: what the format's own tools accept by default
-
-
-class NoRoom(SourceError):
-    """A file system is full."""
 
 
 class Unpacker:

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyerofs.errors import SourceError
+from pyerofs.private import PrivateDirectory
 from pyerofs.sources import oci, store, verity
 from pyerofs.sources.auth import parse_challenge
 from pyerofs.sources.credentials import _best_entry, _from_entry
@@ -147,18 +148,18 @@ def test_verity_superblocks(data: bytes) -> None:
 @many
 def test_maps_of_the_cache(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     """A map that says anything: nothing that is not there is believed."""
-    base = tmp_path_factory.mktemp("cache") / "blob"
-    Path(f"{base}.map").write_bytes(store.MAP_MAGIC + data)
-    store.read_header(f"{base}.map")
-    try:
-        found = store.DiskStore(str(base), 3 << 20, {})
-    except SourceError:
-        return
-    try:
-        assert [found.segment(n) for n in range(3)] == [None] * 3
-        assert found.peek(0, 100) is None
-    finally:
-        found.close()
+    folder = PrivateDirectory.open(str(tmp_path_factory.mktemp("cache") / "blobs"))
+    Path(folder.path, "blob.map").write_bytes(store.MAP_MAGIC + data)
+    store.parse_header(store.MAP_MAGIC + data)
+    for found in (
+        store.Verified.open(folder, "blob"),
+        store.Claimed(folder, "blob", 3 << 20, {}, vouched=True),
+    ):
+        if found is not None:
+            assert [found.segment(n) for n in range(min(found.count, 3))] == [None] * 3
+            assert found.peek(0, 100) is None
+            found.close()
+    folder.close()
 
 
 @given(

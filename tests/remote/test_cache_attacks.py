@@ -11,7 +11,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -303,18 +303,22 @@ class TestPlantedLinks:
 
     @as_root
     def test_are_as_bad_as_files_of_others(self, directory: Path, server: Server) -> None:
-        """Whose owner changes them after they were looked at."""
-        for path in files(directory):
-            os.chown(path, SOMEBODY, SOMEBODY)
-        for what in sources(server):
-            with suppress(SourceError), opened(what, access(cache_dir=str(directory))) as image:
-                assert image.read("/big") == BIG.content
-                for path in files(directory):
-                    with suppress(FileNotFoundError):  # what was found right goes elsewhere
-                        if path.suffix == ".data" and path.stat().st_uid == SOMEBODY:
-                            path.write_bytes(os.urandom(len(BIG.image)))
-                assert image.read("/big") == BIG.content
-                assert image.read("/small") == b"small\n"
+        """Whose owner, who has them open, changes them after they were looked at."""
+        with ExitStack() as stack:
+            theirs = []
+            for path in files(directory):
+                os.chown(path, SOMEBODY, SOMEBODY)
+                if path.suffix == ".data":
+                    theirs.append(stack.enter_context(path.open("r+b")))
+            for what in sources(server):
+                with suppress(SourceError), opened(what, access(cache_dir=str(directory))) as image:
+                    assert image.read("/big") == BIG.content
+                    for f in theirs:
+                        f.seek(0)
+                        f.write(os.urandom(len(BIG.image)))
+                        f.flush()
+                    assert image.read("/big") == BIG.content
+                    assert image.read("/small") == b"small\n"
 
 
 class TestRemoving:
@@ -517,23 +521,24 @@ class TestMaps:
     """Whatever is wrong with the beginning of a map, the next reader does not even notice."""
 
     @pytest.mark.parametrize("whole", [False, True], ids=["in part", "whole"])
-    @pytest.mark.parametrize("first", [0, 3, 6])
+    @pytest.mark.parametrize("places", [range(32), range(32, 64)], ids=["0..31", "32..63"])
     def test_heal_where_a_bit_is_flipped(
-        self, directory: Path, fresh: Path, server: Server, whole: bool, first: int
+        self, directory: Path, fresh: Path, server: Server, whole: bool, places: range
     ) -> None:
         if not whole:
             read_right(server, fresh)
             directory = fresh
-        for at in range(64):
+        for at in places:
             for path in maps(directory):
                 content = bytearray(path.read_bytes())
-                content[at] ^= 1 << (first + at) % 8
+                content[at] ^= 1 << (at * 5 + whole) % 8
                 path.write_bytes(content)
             read_right(server, directory)
 
     @pytest.mark.parametrize("how", ["zeros", "ones", "cut", "empty", "gone", "grown"])
     def test_heal_where_more_is_wrong(self, directory: Path, server: Server, how: str) -> None:
-        for end in (4, 8, 16, 24, 28, 64, 4096, 4100):
+        ends = (4, 8, 16, 24, 28, 64, 4096, 4100)
+        for end in ends[:1] if how in ("empty", "gone") else ends:
             for path in maps(directory):
                 content = path.read_bytes()
                 if how == "gone":
