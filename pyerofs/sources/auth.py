@@ -125,7 +125,7 @@ class RegistryAuthority:
                     " would allow that"
                 )
             # Docker's clients send it to any host that a registry names, and registries rely on that
-            log.info("the credentials for %s go to %s", origin(url)[1], origin(realm)[1])
+            log.info("the password for %s is sent to %s", origin(url)[1], origin(realm)[1])
         query = {"scope": given.get("scope") or self._scope}
         if "service" in given:
             query["service"] = given["service"]
