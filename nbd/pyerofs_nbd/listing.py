@@ -29,6 +29,7 @@ def _row(index: int) -> dict[str, Any]:
         "recovery": device.backend(index) or None,
         "pid": None,
         "fetched": None,
+        "verified": None,
     }
     path = row["recovery"]
     if path is None:
@@ -44,6 +45,7 @@ def _row(index: int) -> dict[str, Any]:
         row["state"] = "alive"
         answer = control.ask(recovery.control_path(path), {"ask": "status"}) or {}
         row["pid"] = answer.get("pid")
+        row["verified"] = answer.get("verified")
         fetched = answer.get("fetched")
         row["fetched"] = answer.get("bytes") if fetched is None else fetched
     elif record.fingerprint is not None:
@@ -60,7 +62,7 @@ def as_table() -> str:
     found = rows()
     if not found:
         return ""
-    lines = [("DEVICE", "STATE", "SIZE", "FETCHED", "MOUNTED AT", "SOURCE")]
+    lines = [("DEVICE", "STATE", "SIZE", "FETCHED", "VERIFIED", "MOUNTED AT", "SOURCE")]
     for row in found:
         fetched = row["fetched"]
         lines.append(
@@ -69,12 +71,13 @@ def as_table() -> str:
                 row["state"],
                 format_size(row["size"]),
                 "-" if fetched is None else format_size(fetched),
+                {True: "yes", False: "not yet"}.get(row["verified"], "-"),
                 one_line(" ".join(row["mountpoints"])) or "-",
                 one_line(row["source"] or "-"),
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+    widths = [max(len(line[i]) for line in lines) for i in range(6)]
     return "\n".join(
-        "  ".join([*(c.ljust(w) for c, w in zip(line[:5], widths, strict=True)), line[5]])
+        "  ".join([*(c.ljust(w) for c, w in zip(line[:6], widths, strict=True)), line[6]])
         for line in lines
     )

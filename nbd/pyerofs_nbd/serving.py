@@ -418,13 +418,16 @@ class _Devices:
 
     def _status(self) -> control.Packet:
         found = self._server.statistics
-        fetched = [n for s in self._sources if (n := s.status().get("fetched")) is not None]
+        states = [source.status() for source in self._sources]
+        fetched = [n for s in states if (n := s.get("fetched")) is not None]
+        verified = [v for s in states if (v := s.get("verified")) is not None]
         return {
             "pid": os.getpid(),
             "requests": found.requests,
             "bytes": found.bytes,
             "failures": found.failures,
             "fetched": sum(fetched) if fetched else None,
+            "verified": all(verified) if verified else None,
         }
 
     async def _hand_over(self, client: socket.socket) -> None:
