@@ -197,13 +197,15 @@ class Extractor:
         batch: list[tuple[bytes, Inode]] = []
         size = 0
         try:
-            complain = partial(self._fail, place.shown())
+            here = place.shown()
+            complain = partial(self._fail, here)
             for entry in tree.orderly_entries(self._vol, inode, complain):
-                child = self._try(place.shown(entry.name), self._image.inode, entry.nid)
+                path = here + b"/" + entry.name if here else entry.name
+                child = self._try(path, self._image.inode, entry.nid)
                 if child is None:
                     continue
                 if child.is_dir:
-                    if self._try(place.shown(entry.name), self._make, fd, entry.name):
+                    if self._try(path, self._make, fd, entry.name):
                         found.append((Place(place, entry.name), child))
                     continue
                 batch.append((entry.name, child))
