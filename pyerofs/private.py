@@ -13,6 +13,7 @@ import secrets
 import stat
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_OTHER_TYPES = (errno.ELOOP, errno.ENXIO, errno.EISDIR)  # open(2) of a link, socket, directory
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -79,6 +80,8 @@ class PrivateDirectory:
         try:
             fd = os.open(name, flags, 0o600, dir_fd=self.fd)
         except OSError as e:
+            if e.errno in _OTHER_TYPES:
+                raise Untrusted("is no regular file", path) from None
             raise OSError(e.errno, e.strerror, path) from None
         try:
             status = os.fstat(fd)

@@ -92,6 +92,7 @@ class CacheDir:
         self._spooled = 0  # bytes in files without a name
         self._writing = 0  # bytes that are just being written
         self._full_until = 0.0
+        self._warned: set[str] = set()  # blobs that can't be used
         try:
             self._top = PrivateDirectory.open(self.path, links=True)
             self._verified = self._top.subdirectory("verified")
@@ -151,7 +152,9 @@ class CacheDir:
             try:
                 found = Verified.open(self._verified, name)
             except OSError as e:
-                log.warning("%s: can't be used: %s", e.filename or self.path, e.strerror)
+                if name not in self._warned:
+                    self._warned.add(name)
+                    log.warning("%s: can't be used: %s", e.filename or self.path, e.strerror)
                 return None
             if found is not None or not self._adopt_old(key, name):
                 return found

@@ -328,7 +328,12 @@ class Verified(DiskStore):
         except BaseException:
             os.close(map_fd)
             raise
-        return cls(folder, name, map_fd, header[0])
+        try:
+            return cls(folder, name, map_fd, header[0])
+        except Untrusted:  # something else in the place of its data
+            for suffix in (".data", ".map"):
+                folder.unlink(name + suffix)
+            return None
 
     @property
     def complete(self) -> bool:

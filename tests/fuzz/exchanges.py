@@ -499,7 +499,7 @@ class Kind(NamedTuple):
     named: bool = True  # whether there are a length and validators
     redirect: bool = False  # the blob is elsewhere
     login: str = ""  # "basic", "token", "identity"
-    index: bool = False  # the tag leads to one
+    indexed: bool = False  # the tag leads to an index
     zstd: bool = False  # the layer is compressed
     listed: bool = True  # whether the manifest knows the blob
     verity: bool = False
@@ -514,7 +514,7 @@ class Kind(NamedTuple):
             if self.login in ("token", "identity"):
                 found += ["token"] * 3
             found += ["tls", "manifest", "manifest"]
-            found += ["image"] if self.index else []
+            found += ["image"] if self.indexed else []
             found += ["config"] if self.zstd else []
         found += ["redirect"] * 2 if self.redirect else []
         return (*found, "blob", "blob")
@@ -524,7 +524,11 @@ class Kind(NamedTuple):
         """JSON that other JSON refers to by its digest."""
         if not self.registry:
             return ()
-        return ("image", *(["config"] * 2 if self.zstd else []), *(["index"] if self.index else []))
+        return (
+            "image",
+            *(["config"] * 2 if self.zstd else []),
+            *(["index"] if self.indexed else []),
+        )
 
     @property
     def checked(self) -> bool:
@@ -540,12 +544,12 @@ KINDS = {
     "password": Kind(login="basic"),
     "verity": Kind(verity=True),
     "registry": Kind(registry=True),
-    "index": Kind(registry=True, index=True),
+    "index": Kind(registry=True, indexed=True),
     "basic": Kind(registry=True, login="basic"),
     "token": Kind(registry=True, login="token"),
     "identity": Kind(registry=True, login="identity"),
     "zstd": Kind(registry=True, zstd=True),
-    "zstd index": Kind(registry=True, zstd=True, index=True, login="token"),
+    "zstd index": Kind(registry=True, zstd=True, indexed=True, login="token"),
     "redirecting registry": Kind(registry=True, redirect=True),
     "registry without ranges": Kind(registry=True, ranges=False),
     "unlisted": Kind(registry=True, listed=False),
@@ -572,7 +576,8 @@ def truth(large: bool) -> Truth:
     image = bytearray(-(-hm.end_of(pieces) // BLOCK) * BLOCK)
     for at, data in pieces.items():
         image[at : at + len(data)] = data
-    levels, below = [], bytes(image)
+    levels: list[bytes] = []
+    below = bytes(image)
     while len(below) > BLOCK or not levels:
         hashes = [hashlib.sha256(below[at : at + BLOCK]) for at in range(0, len(below), BLOCK)]
         below = b"".join(h.digest() for h in hashes)
@@ -672,7 +677,7 @@ def published(kind: Kind, large: bool, rewriting: Rewriting | None = None) -> di
     if rewriting is not None and rewriting.document == "image":
         made = Manifest(Blob(rewriting.text, made.blob.kind), made.blobs)
     top = made
-    if kind.index:
+    if kind.indexed:
         top = index(made.for_platform(platform("linux/amd64")))
         if rewriting is not None and rewriting.document == "index":
             top = Manifest(Blob(rewriting.text, top.blob.kind), (), top.manifests)
@@ -692,7 +697,8 @@ class Scene:
         self.asked = 0
         truthful = truth(exchange.large)
         self._data = truthful.image + (truthful.tree if self.kind.verity else b"")
-        self._left = [] if honest else [[a, a.times] for a in exchange.alterations]
+        self._altering = () if honest else exchange.alterations
+        self._left = [a.times for a in self._altering]
         self.published: dict[str, Manifest] = {}
         if self.kind.registry:
             if honest or exchange.rewriting is None:
@@ -743,11 +749,11 @@ class Scene:
 
     def _altered(self, step: str, reply: Reply) -> Reply:
         honest, keep = reply, False
-        for pair in self._left:
-            alteration, left = pair
+        for i, alteration in enumerate(self._altering):
+            left = self._left[i]
             if alteration.step != step or left == 0:
                 continue
-            pair[1] = None if left is None else left - 1
+            self._left[i] = None if left is None else left - 1
             reply = alteration.change(reply)
             keep = keep or alteration.keep
         if reply is not honest and reply.end == "keep" and not keep:
@@ -1082,7 +1088,7 @@ def _edit(rng: Random, step: str) -> tuple[str, Change]:
 def _other_document(rng: Random, step: str, *, kind: Kind) -> tuple[str, Change]:
     text = TOKEN_DOCUMENT
     if step != "token":
-        name = {"manifest": "index" if kind.index else "image"}.get(step, step)
+        name = {"manifest": "index" if kind.indexed else "image"}.get(step, step)
         text = _document(kind, name)
     what, made = changed_json(rng, text)
     return f"JSON: {what}", document(made)
@@ -1377,7 +1383,7 @@ def perform(
             found.defects += second.defects
             if outcome != "data" and not second.defects:
                 details = f"{found.outcome}, then {outcome}"
-                found.defects.append(Defect(f"Honest server refused: {details}", details))
+                found.defects.append(Defect(f"Honest server refused: {details}", details, alone))
     finally:
         stage.clear()
         shutil.rmtree(cache_dir, ignore_errors=True)

@@ -120,8 +120,8 @@ for _kind in ex.KINDS:
         add(_name, _kind, "nothing", both(), large=_large, again=True)
         add(f"{_name}, no cache", _kind, "nothing", both(), large=_large, cache=False)
 for _kind in ("zstd", "verity"):
-    for _place in (0.0, 0.3, 0.5, 0.9):
-        add(f"one bit at {_place}, {_kind}", _kind, "blob", ex.flip_body(_place))
+    for _part in (0.0, 0.3, 0.5, 0.9):
+        add(f"one bit at {_part}, {_kind}", _kind, "blob", ex.flip_body(_part))
 
 # --- tokens, and where they are ---------------------------------------------------------------
 
@@ -254,7 +254,7 @@ for _name, _text in HEADERS.items():
 
 # --- documents --------------------------------------------------------------------------------
 
-for _name, _text in {
+for _name, _json in {
     "nested": NESTED,
     "nested roots": '{"rootfs":' * 20_000,
     "digits": '{"rootfs":{"diff_ids":[' + "1" * 5000 + "]}}",
@@ -262,7 +262,7 @@ for _name, _text in {
     "escapes": json.dumps({"rootfs": {"diff_ids": [ex.ESCAPES]}}),
     "long": json.dumps({"rootfs": {"diff_ids": ["x" * 100_000]}}),
 }.items():
-    _rewriting = Rewriting("config", _name, _text.encode())
+    _rewriting = Rewriting("config", _name, _json.encode())
     add(f"configuration: {_name}", "zstd", "config", both(), rewriting=_rewriting)
 for _depth in (300, 900, 990, 5000, 100_000):
     _nested = Raw("[" * _depth + "]" * _depth)

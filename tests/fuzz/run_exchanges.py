@@ -27,7 +27,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from tests.fuzz.exchanges import (
     HANG,
@@ -230,10 +230,10 @@ class Player:
             self.stop()
         return begun, done
 
-    def _hear(self, seconds: float) -> tuple[Job, *tuple[object, ...]]:
+    def _hear(self, seconds: float) -> tuple[Any, ...]:
         if not self._orders.poll(seconds):
             raise EOFError
-        words: tuple[Job, *tuple[object, ...]] = self._orders.recv()
+        words: tuple[Any, ...] = self._orders.recv()
         return words
 
     def _start(self) -> None:

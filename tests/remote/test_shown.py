@@ -155,7 +155,7 @@ def registry(what: Manifest | None = None) -> Iterator[Server]:
 
 
 def words(server: Server, verb: str = "ls") -> list[str]:
-    return [verb, "--oci", f"{server.authority}/app:1", "--insecure", "--timeout", "2"]
+    return [verb, "--oci", f"{server.authority}/app:1", "--insecure", "--timeout", "1"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
