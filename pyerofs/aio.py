@@ -429,8 +429,7 @@ class AsyncImage:
         trail = tree.Trail(start)
         while (step := trail.next()) is not None:
             place, here = step
-            below = tree.decode(place.path())
-            path = f"{above.rstrip('/')}/{below}" if below else above
+            path = place.below(above)
             directories: list[tuple[str, Inode]] = []
             others: list[tuple[str, Inode]] = []
             async with aclosing(self.scandir(here)) as entries:

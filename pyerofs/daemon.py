@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from pyerofs.errors import one_line
@@ -82,27 +81,26 @@ def _detach() -> None:
         os.close(null)
 
 
-def fork(command: str, keep: Iterable[int] = ()) -> Background:
+def fork(command: str) -> Background:
     """Go on in a child, in a session of its own; the parent never returns from here.
 
     The child closes what its caller left open, which may hold locks or keep a pipe's reader waiting:
-    all descriptors but the standard ones, ``keep``, and those that the command line names
-    (/dev/fd/N)."""
+    all descriptors but the standard ones and those that the command line names (/dev/fd/N)."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child:
         os.close(write_end)
         _wait(read_end, child, command)
     os.close(read_end)
-    _close_inherited({write_end, *keep})
+    _close_inherited(write_end)
     os.setsid()
     os.chdir("/")
     return Background(write_end)
 
 
-def _close_inherited(keep: set[int]) -> None:
+def _close_inherited(keep: int) -> None:
     for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and fd not in keep and not _named(fd):
+        if fd > 2 and fd != keep and not _named(fd):
             try:
                 os.close(fd)
             except OSError:
@@ -128,6 +126,9 @@ def _wait(fd: int, child: int, command: str) -> NoReturn:
     os._exit(1)
 
 
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what is to end a daemon
+
+
 def heeded(*signals: signal.Signals) -> tuple[signal.Signals, ...]:
     """Those of some signals that end this process.  One that was ignored at its start stays ignored, as
     nohup and shells want it for what they start in the background; SIGTERM never is."""
@@ -136,15 +137,6 @@ def heeded(*signals: signal.Signals) -> tuple[signal.Signals, ...]:
         for number in signals
         if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN
     )
-
-
-def open_standard_streams() -> None:
-    """Make sure that descriptors 0 to 2 are taken, so that no file of ours becomes one of them."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(fd)
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def ask_password(question: str) -> str | None:

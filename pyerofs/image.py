@@ -226,8 +226,7 @@ class Image:
         trail = tree.Trail(self.lookup(top))
         while (step := trail.next()) is not None:
             place, here = step
-            below = tree.decode(place.path())
-            path = f"{above.rstrip('/')}/{below}" if below else above
+            path = place.below(above)
             directories: list[DirEntry] = []
             others: list[DirEntry] = []
             for dirent in self._while_open(tree.entries(self.volume, here)):

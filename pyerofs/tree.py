@@ -209,6 +209,11 @@ class Place:
         """The path of something in it: without a slash in front."""
         return b"/".join([*self.names(), name] if name else self.names())
 
+    def below(self, top: str) -> str:
+        """Its path, where the walk began at ``top``."""
+        path = decode(self.path())
+        return f"{top.rstrip('/')}/{path}" if path else top
+
     def shown(self, name: bytes = b"") -> bytes:
         """The same for people: of a path that no system call takes, the beginning and the end."""
         names = self.names()
@@ -240,6 +245,11 @@ class Trail:
         """Visit these, found in the directory that ``next`` gave last."""
         for name, inode in reversed(directories):
             self._todo.append((Place(self._here, name), inode))
+
+
+def shown_path(place: Place, name: bytes = b"") -> str:
+    """How people are told of something on a walk from the root."""
+    return "/" + decode(place.shown(name))
 
 
 def walk(vol: Volume, start: Inode) -> Iterator[tuple[Place, Dirent, Inode]]:

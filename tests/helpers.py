@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +110,14 @@ def directory(nid: int, entries: Mapping[bytes, tuple[int, int]]) -> bytes:
     """The inode of a directory, which has the given nid.  ``..`` leads to itself: nobody asks."""
     dots = {b".": (nid, 2), b"..": (nid, 2)}
     return hm.inline(hm.directory(dots | dict(entries), 4096), mode=hm.DIRECTORY, nlink=2)
+
+
+@contextmanager
+def signals_at(action: signal.Handlers, *numbers: signal.Signals) -> Iterator[None]:
+    """What is started meanwhile starts with these signals ignored, or not ignored."""
+    before = [(number, signal.signal(number, action)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, was in before:
+            signal.signal(number, was)

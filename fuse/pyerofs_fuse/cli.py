@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
-from pyerofs.daemon import access_to, open_standard_streams
+from pyerofs.daemon import access_to
 from pyerofs.errors import SourceError, one_line
 from pyerofs.sources.spec import Access, SourceSpec
+from pyerofs.streams import open_standard_streams
 from pyerofs_fuse.options import Options, UsageError, parse, usage
 
 MAX_LIST = 16 << 20  # characters of a list of paths

@@ -16,13 +16,13 @@ from contextlib import suppress
 
 import trio
 
-from pyerofs.daemon import heeded
+from pyerofs.daemon import STOPS, heeded
 from pyerofs_fuse.handles import Handles
 from pyerofs_fuse.turns import Turns
 
 log = logging.getLogger("pyerofs-fuse")
 
-SIGNALS = heeded(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = heeded(*STOPS)
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pyerofs.daemon import heeded
+from pyerofs.daemon import STOPS, heeded
 from pyerofs_nbd import control, device, recovery
 from pyerofs_nbd.device import NbdError
 from pyerofs_nbd.kernel import BLOCK_SIZE, check_privilege, disconnect, driver, explain
@@ -146,7 +146,7 @@ def start(job: Job) -> Child:
 def _serve(job: Job, ours: socket.socket, theirs: socket.socket) -> NoReturn:
     try:
         ours.close()
-        for number in heeded(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in heeded(*STOPS):
             signal.signal(number, signal.SIG_DFL)
         from pyerofs_nbd import serving
 
@@ -365,7 +365,7 @@ def stay(found: Attached) -> int:
         if not found.child.exited():
             os.kill(found.child.pid, number)
 
-    for number in heeded(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in heeded(*STOPS):
         signal.signal(number, forward)
     return outcome(found, found.child.wait())
 

@@ -6,8 +6,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from pyerofs.daemon import access_to, ask_password, heeded, hide, open_standard_streams
+from pyerofs.daemon import access_to, ask_password, heeded
 from pyerofs.errors import ErofsError, one_line
+from pyerofs.streams import open_standard_streams
 from pyerofs_nbd.device import NbdError, node
 from pyerofs_nbd.options import Options, UsageError, for_exports, parse, usage
 
@@ -43,8 +44,6 @@ def main(words: list[str]) -> int:
 
         print(f"{COMMAND} {__version__}")
         return 0
-    if options.secret_typed and options.words.password:
-        hide(options.words.password)
     try:
         return _MODES[options.mode](options)
     except KeyboardInterrupt:

@@ -383,10 +383,8 @@ def _check_serving(options: Options) -> None:
         raise UsageError("--tls-cert and --tls-key belong together")
     if options.tls_cert is None and (options.tls_ca is not None or options.tls_required):
         raise UsageError("TLS needs --tls-cert and --tls-key")
-    if options.tls_ca is not None:
-        options.tls_required = (
-            True  # or clients without a certificate would only need to leave TLS out
-        )
+    if options.tls_ca is not None:  # clients without a certificate could just leave TLS out
+        options.tls_required = True
     if options.tls_cert is not None and options.stdio:
         raise UsageError("--stdio is without TLS")
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import trio
 
-from pyerofs.daemon import heeded
+from pyerofs.daemon import STOPS, heeded
 from pyerofs.sources.base import AsyncSource
 from pyerofs.sources.open import open_async
 from pyerofs.sources.spec import Access, SourceSpec
@@ -18,7 +18,7 @@ from pyerofs_nbd.device import NbdError
 from pyerofs_nbd.options import Options
 from pyerofs_nbd.server import Export, Server
 
-STOPS = heeded(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = heeded(*STOPS)
 GRACE = 10.0  # seconds for replies in flight when told to stop
 
 
@@ -29,7 +29,7 @@ def serve(options: Options, named: list[tuple[str, SourceSpec]], access: Access)
     context = None
     if options.tls_cert is not None and options.tls_key is not None:
         context = tls.server_context(options.tls_cert, options.tls_key, options.tls_ca)
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until they can end the server in good order
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until they can end the server in good order
     listeners = listen.activated()
     passed = len(listeners)  # whoever has passed them knows where they are
     try:
@@ -56,8 +56,8 @@ async def _serve(
     passed: int,
     context: ssl.SSLContext | None,
 ) -> None:
-    with trio.open_signal_receiver(*STOPS) as signals:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         async with trio.open_nursery() as background:
             sources: list[AsyncSource] = []
             try:

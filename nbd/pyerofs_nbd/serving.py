@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import trio
 
-from pyerofs.daemon import heeded, start_logging
+from pyerofs.daemon import STOPS, heeded, start_logging
 from pyerofs.errors import ErofsError, one_line
 from pyerofs.sources.base import AsyncSource
 from pyerofs.sources.open import open_async, pinned_spec
@@ -122,7 +122,7 @@ class _Devices:
 
     async def run(self) -> int:
         """Returns the exit status."""
-        stops = heeded(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        stops = heeded(*STOPS)
         with trio.open_signal_receiver(*stops, ORPHANED) as signals:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(ORPHANED), 0, 0, 0)
             async with trio.open_nursery() as background:

@@ -8,7 +8,7 @@ import select
 import signal
 import time
 
-from pyerofs.daemon import heeded
+from pyerofs.daemon import STOPS, heeded
 from pyerofs_nbd import device, recovery
 from pyerofs_nbd.attach import Attached, Behaviour, settle
 from pyerofs_nbd.device import NbdError
@@ -36,7 +36,7 @@ def supervise(found: Attached, records: list[Record], behaviour: Behaviour) -> i
         if not found.child.exited():
             os.kill(found.child.pid, number)
 
-    for number in heeded(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in heeded(*STOPS):
         signal.signal(number, forward)
     with Netlink() as netlink:
         netlink.watch()

@@ -39,11 +39,6 @@ FILE_TYPES = {
 }  # fmt: skip
 
 
-def _shown(place: Place, name: bytes = b"") -> str:
-    """How a problem calls a path."""
-    return "/" + tree.decode(place.shown(name))
-
-
 def check(args: argparse.Namespace) -> int:
     """Check the image; exit status 1 if there are problems."""
     with open_image(args, whole=True) as image:
@@ -133,7 +128,9 @@ class Checker:
         for nid, (place, name, nlink) in self._inodes.items():
             if self._links[nid] != nlink:
                 self._add(
-                    _shown(place, name), f"link count {nlink}, {self._links[nid]} names found", nid
+                    tree.shown_path(place, name),
+                    f"link count {nlink}, {self._links[nid]} names found",
+                    nid,
                 )
 
     def _found(self) -> Found:
@@ -160,7 +157,8 @@ class Checker:
         seen: set[int] = set()
         while stack:
             place, here, parent = stack.pop()
-            path = _shown(place)
+            shown = place.shown()
+            path = "/" + tree.decode(shown)
             self.inodes += 1
             self._progress.advance()
             try:
@@ -176,12 +174,12 @@ class Checker:
                 try:
                     child = inodes.load(self._vol, entry.nid)
                 except ErofsError as e:
-                    self._caught(_shown(place, entry.name), e, entry.nid)
+                    self._caught(tree.shown_path(place, entry.name), e, entry.nid)
                     continue
                 if FILE_TYPES[child.mode & 0o170000] != entry.file_type:
                     found = tree.file_type(child)
                     self._add(
-                        _shown(place, entry.name),
+                        tree.shown_path(place, entry.name),
                         f"entry of type {entry.file_type} for a {found}",
                         child.nid,
                     )
@@ -197,9 +195,9 @@ class Checker:
                 batch.append((entry.name, child.nid))
                 size += child.size
                 if len(batch) >= BATCH_FILES or size >= BATCH_BYTES:
-                    self._submit(place.shown(), batch)
+                    self._submit(shown, batch)
                     batch, size = [], 0
-            self._submit(place.shown(), batch)
+            self._submit(shown, batch)
             if here.nlink != subdirectories + 2 and here.nlink != 1:
                 self._add(
                     path, f"link count {here.nlink}, {subdirectories} subdirectories", here.nid

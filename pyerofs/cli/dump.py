@@ -33,7 +33,7 @@ class Named(NamedTuple):
     before: str = ""  # what a detail starts with
 
     def __str__(self) -> str:
-        return f"{self.before}/{tree.decode(self.place.shown(self.name))}"
+        return self.before + tree.shown_path(self.place, self.name)
 
 
 class Region(NamedTuple):

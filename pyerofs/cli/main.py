@@ -15,6 +15,7 @@ from pyerofs import __version__
 from pyerofs.cli.messages import UsageError, complain
 from pyerofs.errors import CorruptImage, ErofsError, UnsupportedFeature
 from pyerofs.sources.spec import DEFAULT_CACHE_LIMIT, OCI, WORDS, SourceWords
+from pyerofs.streams import open_standard_streams
 from pyerofs.units import parse_size
 
 EPILOG = """\
@@ -203,8 +204,6 @@ def _size(text: str) -> int:
 
 def run() -> None:
     """The command's entry point."""
-    from pyerofs.daemon import open_standard_streams
-
     open_standard_streams()
     sys.exit(main())
 

@@ -43,6 +43,7 @@ from pyerofs.sources.store import (
     keep_verified,
     lock,
     parse_header,
+    unlink_pair,
 )
 
 log = logging.getLogger("pyerofs")
@@ -273,8 +274,7 @@ class CacheDir:
         try:
             if fd >= 0:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for suffix in (".data", ".map"):
-                folder.unlink(name + suffix)
+            unlink_pair(folder, name)
             return True
         except OSError:  # locked; or a directory, which is not ours to remove
             return False
@@ -291,8 +291,8 @@ class CacheDir:
             if self._room < n and time.monotonic() >= self._full_until:
                 wanted = max(n, min(ROOM_STEP, self.limit // 16))
                 unseen = self._spooled + self._writing  # by a look at what is stored
-                stored = unseen + self._evict(self.limit - unseen - wanted)
-                self._room = min(self.limit - stored, wanted)
+                stored, _ = self._evict(self.limit - unseen - wanted)
+                self._room = min(self.limit - unseen - stored, wanted)
                 if self._room < n:
                     self._full_until = time.monotonic() + FULL_FOR
             if self._room < n:
@@ -320,22 +320,22 @@ class CacheDir:
 
     def evict(self, limit: int | None = None) -> int:
         """Remove the blobs unused for longest until what is stored fits the limit; how many went."""
-        before = sum(1 for _ in self.blobs())
-        self._evict(self.limit if limit is None else limit)
-        return before - sum(1 for _ in self.blobs())
+        return self._evict(self.limit if limit is None else limit)[1]
 
-    def _evict(self, limit: int) -> int:
-        """The same; bytes that are stored afterwards."""
+    def _evict(self, limit: int) -> tuple[int, int]:
+        """The same; bytes that are stored afterwards, and how many went."""
         self._sweep()
         blobs = sorted(self.blobs(), key=lambda b: (b.state != BAD, b.used))
         total = sum(b.stored for b in blobs)
+        removed = 0
         for blob in blobs:
             if total <= limit and blob.state != BAD:
                 break
             if self.remove(blob):
                 total -= blob.stored
+                removed += 1
                 log.info("cache: %s removed", blob.name)
-        return total
+        return total, removed
 
     def _sweep(self) -> None:
         """Remove what processes that died have left: files without their twin, half-written ones."""

@@ -331,8 +331,7 @@ class Verified(DiskStore):
         try:
             return cls(folder, name, map_fd, header[0])
         except Untrusted:  # something else in the place of its data
-            for suffix in (".data", ".map"):
-                folder.unlink(name + suffix)
+            unlink_pair(folder, name)
             return None
 
     @property
@@ -446,7 +445,7 @@ class Claimed(DiskStore):
         True: it has the digest (or there is none to have); it is on the disk, and where a place for
         ``verified`` blobs is given, it is there.  False: it is wrong, and gone.  None: some of it is
         missing, somebody writes, or there are no locks, and it stays as it is.  Raises OSError."""
-        place = None if verified is None else verified[0].copy()
+        place = None if verified is None else (verified[0].copy(), verified[1])
         own = self.frozen()
         if own is None:
             return None
@@ -459,10 +458,9 @@ class Claimed(DiskStore):
                 self._state = BAD
                 return False
             os.fdatasync(own._fd)
-            if verified is not None and place is not None:
+            if place is not None:
                 _lock_names(own._map, fcntl.F_WRLCK)  # nobody opens one file here, and one there
-                for suffix in (".data", ".map"):
-                    own.folder.rename(own.name + suffix, place, verified[1] + suffix)
+                _move_pair(own.folder, own.name, *place)
             own._set_state(COMPLETE)
             self._state = COMPLETE
             return True
@@ -509,6 +507,18 @@ def _digest_of(store: DiskStore, algorithm: str) -> str | None:
 def lock(fd: int, kind: int, start: int, length: int) -> None:
     """A byte-range lock that belongs to the descriptor, not to the process."""
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+
+
+def unlink_pair(folder: PrivateDirectory, name: str) -> None:
+    """Remove both files of a blob, as far as they are there.  Raises OSError."""
+    for suffix in (".data", ".map"):
+        folder.unlink(name + suffix)
+
+
+def _move_pair(folder: PrivateDirectory, name: str, to: PrivateDirectory, new_name: str) -> None:
+    """Move both files of a blob: the map, which makes it one, comes last."""
+    for suffix in (".data", ".map"):
+        folder.rename(name + suffix, to, new_name + suffix)
 
 
 def _lock_names(map_fd: int, kind: int) -> None:
@@ -614,8 +624,7 @@ def keep_verified(
     checksum = _checksum()
     new = f".{name}"
     try:
-        for suffix in (".data", ".map"):
-            folder.unlink(new + suffix)  # of somebody who died
+        unlink_pair(folder, new)  # of a process that died
         linked = _linked(fd, folder, f"{new}.data")
         with (
             open(folder.open_file(f"{new}.data", os.O_RDWR | os.O_CREAT), "r+b", 0) as data_file,
@@ -630,11 +639,9 @@ def keep_verified(
                 mark = _MARK.pack(PRESENT, checksum(data))
                 os.pwrite(map_file.fileno(), mark, HEADER_SIZE + number * _MARK.size)
             os.fdatasync(data_file.fileno())
-        for suffix in (".data", ".map"):
-            folder.rename(new + suffix, folder, name + suffix)
+        _move_pair(folder, new, folder, name)
     except OSError:
-        for suffix in (".data", ".map"):
-            folder.unlink(new + suffix)
+        unlink_pair(folder, new)
         raise
 
 

@@ -33,6 +33,7 @@ from tests.fuse.mounting import (
     unmount,
     wait_until,
 )
+from tests.helpers import signals_at
 from tests.manifests import IMAGES, golden
 
 PLAIN = IMAGES / "plain.erofs"
@@ -283,17 +284,6 @@ def test_a_pipe_of_the_caller_ends(where: Path) -> None:
 
 
 # --- signals that were ignored --------------------------------------------------------------
-
-
-@contextmanager
-def signals_at(action: signal.Handlers, *numbers: signal.Signals) -> Iterator[None]:
-    """What is started meanwhile starts with these signals ignored, or not ignored."""
-    before = [(number, signal.signal(number, action)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, was in before:
-            signal.signal(number, was)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from pyerofs_nbd import listen, server, tls
 from pyerofs_nbd import protocol as p
 
 from pyerofs.sources.threaded import ThreadedSource
+from tests.fuse.mounting import wait_until
+from tests.helpers import signals_at
 from tests.nbd.client import DISC, PATIENCE, Client, contexts, go, option, read
 from tests.nbd.rig import DATA, SIZE, Rig, Slow, memory
 from tests.remote.tls import Authority
@@ -38,15 +40,6 @@ def connected(path: Path) -> Client:
     return Client(sock)
 
 
-def wait_until(condition: Callable[[], object], patience: float = PATIENCE) -> bool:
-    end = time.monotonic() + patience
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 @pytest.fixture(name="data")
 def write_data(tmp_path: Path) -> Path:
     path = tmp_path / "data"
@@ -57,17 +50,6 @@ def write_data(tmp_path: Path) -> Path:
 @pytest.fixture(name="path")
 def name_socket(tmp_path: Path) -> Path:
     return tmp_path / "socket"
-
-
-@contextmanager
-def signals_at(action: signal.Handlers, *numbers: signal.Signals) -> Iterator[None]:
-    """What is started meanwhile starts with these signals ignored, or not ignored."""
-    before = [(number, signal.signal(number, action)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, was in before:
-            signal.signal(number, was)
 
 
 MINDED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)

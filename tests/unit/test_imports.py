@@ -25,6 +25,7 @@ LAYERS = [
     "private",
     "ondisk",
     "recognise",
+    "streams",
     "units",
     "daemon",
     "progress",
