@@ -288,23 +288,28 @@ class CacheDir:
         """Whether ``n`` more bytes may be stored; then they count as stored.  Others' blobs that were
         unused for longest go for it."""
         with self._lock:
-            if self._room < n and time.monotonic() >= self._full_until:
-                wanted = max(n, min(ROOM_STEP, self.limit // 16))
-                unseen = self._spooled + self._writing  # by a look at what is stored
-                stored, _ = self._evict(self.limit - unseen - wanted)
-                self._room = min(self.limit - unseen - stored, wanted)
-                if self._room < n:
-                    self._full_until = time.monotonic() + FULL_FOR
+            return self._reserve(n)
+
+    def _reserve(self, n: int) -> bool:
+        """The same, with the lock held."""
+        if self._room < n and time.monotonic() >= self._full_until:
+            wanted = max(n, min(ROOM_STEP, self.limit // 16))
+            unseen = self._spooled + self._writing  # by a look at what is stored
+            stored, _ = self._evict(self.limit - unseen - wanted)
+            self._room = min(self.limit - unseen - stored, wanted)
             if self._room < n:
-                return False
-            self._room -= n
-            return True
+                self._full_until = time.monotonic() + FULL_FOR
+        if self._room < n:
+            return False
+        self._room -= n
+        return True
 
     @contextmanager
     def storing(self, n: int) -> Iterator[bool]:
-        """The same while they are written: others' growth is counted meanwhile."""
-        found = self.room(n)
-        with self._lock:
+        """Whether there is room, as ``room``; while they are written, other threads that look at what
+        is stored count them, too."""
+        with self._lock:  # once: a look between the two would miss what is not yet written
+            found = self._reserve(n)
             self._writing += n
         try:
             yield found
@@ -313,10 +318,11 @@ class CacheDir:
                 self._writing -= n
 
     def spool_room(self, n: int) -> bool:
-        """The same for a file without a name, which no other look at the directory finds."""
-        found = self.room(n)
-        self._spooled += n if found else 0
-        return found
+        """The same as ``room`` for a file without a name, which no look at the directory finds."""
+        with self._lock:
+            found = self._reserve(n)
+            self._spooled += n if found else 0
+            return found
 
     def evict(self, limit: int | None = None) -> int:
         """Remove the blobs unused for longest until what is stored fits the limit; how many went."""

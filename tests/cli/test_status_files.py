@@ -283,11 +283,16 @@ KINDS: dict[str, Callable[[Path], None]] = {
 
 
 @needs_root
-@pytest.mark.parametrize("at", ["file", "directory"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("at", "kind"),
+    [
+        (at, kind)
+        for at in ("file", "directory")
+        for kind in KINDS
+        if at != kind  # a directory in the directory's place is as it should be
+    ],
+)
 def test_nothing_that_lies_there_is_waited_for(machine: Machine, kind: str, at: str) -> None:
-    if kind == "directory" and at == "directory":
-        pytest.skip("this is how it should be")
     path = machine.folder() / "1.json" if at == "file" else machine.runtime() / "pyerofs"
     KINDS[kind](path)
     os.chown(path, USER, USER)

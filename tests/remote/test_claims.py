@@ -734,21 +734,3 @@ class TestStatus:
             assert verified() is False
             assert (where / "big").read_bytes() == BIG.content
             assert wait_until(verified)
-
-    @pytest.mark.skipif(
-        os.geteuid() != 0 or not os.path.exists("/dev/nbd0"), reason="no nbd devices here"
-    )
-    def test_of_a_device(self) -> None:
-        nbd = [sys.executable, "-m", "pyerofs_nbd"]
-        how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": HANG, "cwd": ROOT}
-        with serving(TRAILED) as server:
-            words = [*nbd, "--insecure", "--prefetch=none", image_in(server)]
-            device = subprocess.run(words, check=True, **how).stdout.strip()
-            try:
-                listed = subprocess.run([*nbd, "--list", "--json"], check=True, **how).stdout
-                (row,) = [row for row in json.loads(listed) if row["device"] == device]
-                assert row["verified"] is False
-            finally:
-                subprocess.run([*nbd, "--disconnect", device], check=True, **how)
-            assert wait_until(lambda: device not in subprocess.run(
-                [*nbd, "--list"], check=True, **how).stdout)  # fmt: skip
