@@ -21,12 +21,12 @@ from typing import Any
 
 import pyfuse3
 import trio
-from pyerofs_fuse import eager
 from pyerofs_fuse.mount import read_ahead
-from pyerofs_fuse.turns import Turns
+from pyerofs_fuse.processes import eager
+from pyerofs_fuse.processes.turns import Turns
 
 import pyerofs
-from pyerofs import tree
+from pyerofs.format import tree
 
 FOREVER = 1e9
 

@@ -22,8 +22,8 @@ from images import CODECS, Images
 from mounting import warm
 
 import pyerofs
-from pyerofs import ondisk, tree
-from pyerofs.model import ENCODED
+from pyerofs.format import ondisk, tree
+from pyerofs.format.model import ENCODED
 
 try:
     from isal import isal_zlib as zlib

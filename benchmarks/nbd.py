@@ -126,11 +126,11 @@ def answers(path: Path) -> bool:
 def serve(path: str, image: str) -> None:
     """Be the server: what pyerofs-nbd does with --socket."""
     import trio
-    from pyerofs_nbd import listen
-    from pyerofs_nbd.server import Export, Server
+    from pyerofs_nbd.server import listen
+    from pyerofs_nbd.server.exports import Export, Server
 
     from pyerofs.sources import FileSource
-    from pyerofs.sources.threaded import ThreadedSource
+    from pyerofs.sources.local.threaded import ThreadedSource
 
     async def main() -> None:
         server = Server([Export("", ThreadedSource(FileSource(image)))])

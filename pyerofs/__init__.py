@@ -36,12 +36,12 @@ if TYPE_CHECKING:
         TruncatedRead,
         UnsupportedFeature,
     )
+    from pyerofs.format.model import Extent, Inode
+    from pyerofs.format.superblock import Device, Superblock
+    from pyerofs.format.tree import Stat
     from pyerofs.image import DirEntry, Image, open
-    from pyerofs.model import Extent, Inode
     from pyerofs.path import Path
     from pyerofs.sources.spec import Access, SourceSpec, VeritySpec
-    from pyerofs.superblock import Device, Superblock
-    from pyerofs.tree import Stat
 
 __version__ = "0.1.0"
 
@@ -54,11 +54,11 @@ _HOMES = {
         "UnsupportedFeature",
     ),
     "image": ("DirEntry", "Image", "open"),
-    "model": ("Extent", "Inode"),
+    "format.model": ("Extent", "Inode"),
     "path": ("Path",),
     "sources.spec": ("Access", "SourceSpec", "VeritySpec"),
-    "superblock": ("Device", "Superblock"),
-    "tree": ("Stat",),
+    "format.superblock": ("Device", "Superblock"),
+    "format.tree": ("Stat",),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -17,12 +17,11 @@ from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 
-from pyerofs import data, directory, superblock, tree
-from pyerofs import inode as inodes
 from pyerofs.errors import ErofsError, IntegrityError, NotADirectory, NotFound, TooManySymlinks
-from pyerofs.extent import extents
-from pyerofs.image import Target
-from pyerofs.memory import (
+from pyerofs.format import data, directory, superblock, tree
+from pyerofs.format import inode as inodes
+from pyerofs.format.extent import extents
+from pyerofs.format.memory import (
     DEFAULT_CACHE_SIZE,
     Fault,
     FaultingMemory,
@@ -32,12 +31,13 @@ from pyerofs.memory import (
     cheap,
     decode_ns,
 )
-from pyerofs.model import ENCODED, FRAGMENT, PLAIN, Dirent, Extent, Inode
+from pyerofs.format.model import ENCODED, FRAGMENT, PLAIN, Dirent, Extent, Inode
+from pyerofs.format.tree import PathLike, Stat
+from pyerofs.format.volume import Volume
+from pyerofs.image import Target
 from pyerofs.sources.base import QUICK_NS, AsyncSource, Buffer, Source, verifiable
 from pyerofs.sources.open import Openable, named, open_one
 from pyerofs.sources.spec import Access
-from pyerofs.tree import PathLike, Stat
-from pyerofs.volume import Volume
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -198,11 +198,11 @@ class AsyncImage:
 
     async def _decoded(self, pcluster: Pcluster) -> Buffer:
         """The decoded bytes of a pcluster; decoded once for all that want it."""
-        found = self.memory.pclusters.get(pcluster[:5])
+        found = self.memory.pclusters.get(pcluster.key)
         if found is not None and len(found) >= pcluster.length:
             return found
         return await self._once(
-            pcluster[:5],
+            pcluster.key,
             lambda: self._decode(pcluster),
             lambda result: len(result) >= pcluster.length,
         )
@@ -256,7 +256,7 @@ class AsyncImage:
                 continue
             if self._sources[pcluster.device].blocking is None:
                 continue
-            key = pcluster[:5]
+            key = pcluster.key
             if key in asked or key in self._flights or self.memory.holds(pcluster):
                 continue
             if self._batches >= MAX_BATCHES:
@@ -299,7 +299,7 @@ class AsyncImage:
     def _start_batch(self, batch: list[Pcluster]) -> None:
         flights = []
         for pcluster in batch:
-            flight = self._flights[pcluster[:5]] = Flight()
+            flight = self._flights[pcluster.key] = Flight()
             flights.append((pcluster, flight))
         self._batches += 1
         self._nursery.start_soon(self._run_batch, flights)
@@ -319,7 +319,7 @@ class AsyncImage:
         finally:
             self._batches -= 1
             for pcluster, flight in batch:
-                del self._flights[pcluster[:5]]
+                del self._flights[pcluster.key]
                 flight.done.set()
 
     async def _once(

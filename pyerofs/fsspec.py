@@ -13,9 +13,10 @@ from typing import Any
 import fsspec
 from fsspec.archive import AbstractArchiveFileSystem
 
-from pyerofs import image, tree
+from pyerofs import image
+from pyerofs.format import tree
+from pyerofs.format.model import Inode
 from pyerofs.image import BUFFER_SIZE, DirEntry, ErofsFile
-from pyerofs.model import Inode
 
 
 class _File(io.BufferedReader):

@@ -11,16 +11,16 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import NoReturn, TypeAlias, TypeVar, cast
 
-from pyerofs import data, extent, superblock, tree
-from pyerofs import inode as inodes
 from pyerofs.errors import NotADirectory, NotFound, TooManySymlinks
-from pyerofs.memory import DEFAULT_CACHE_SIZE, BlockingMemory
-from pyerofs.model import Dirent, Extent, Inode
+from pyerofs.format import data, extent, superblock, tree
+from pyerofs.format import inode as inodes
+from pyerofs.format.memory import DEFAULT_CACHE_SIZE, BlockingMemory
+from pyerofs.format.model import Dirent, Extent, Inode
+from pyerofs.format.tree import PathLike, Stat
+from pyerofs.format.volume import Volume
 from pyerofs.sources.base import Source, VerifiableSource
 from pyerofs.sources.open import Openable, open_sources
 from pyerofs.sources.spec import Access
-from pyerofs.tree import PathLike, Stat
-from pyerofs.volume import Volume
 
 Target: TypeAlias = PathLike | Inode  # wherever a path is taken, an Inode will do
 

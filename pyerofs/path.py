@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from pyerofs.errors import ErofsError
+from pyerofs.format.model import Inode
+from pyerofs.format.tree import Stat
 from pyerofs.image import Image
-from pyerofs.model import Inode
-from pyerofs.tree import Stat
 
 
 class Path:

@@ -11,20 +11,19 @@ from collections.abc import Collection, Iterable, Sequence
 
 import trio
 
-from pyerofs import tree
 from pyerofs.aio import AsyncImage
 from pyerofs.errors import ErofsError
-from pyerofs.memory import METABOX
-from pyerofs.model import Inode
-from pyerofs.sources.base import AsyncSource
+from pyerofs.format import tree
+from pyerofs.format.memory import METABOX
+from pyerofs.format.model import Inode
+from pyerofs.format.ondisk import FT_DIR
+from pyerofs.sources.base import SEGMENT_BITS, AsyncSource
 
 log = logging.getLogger("pyerofs")
 
-SEGMENT_BITS = 20  # hints closer together than this are one
 MIN_BUDGET = 64  # pieces of 1 MiB that metadata may take …
 BUDGET_SHARE = 8  # … or an eighth of the image: in some images it is scattered over everything
 CACHE_SIZE = 8 << 20  # memory for looking through an image that others will read
-DIRECTORY = 2  # the type in a directory entry
 
 
 async def prefetch_metadata(image: AsyncImage) -> None:
@@ -70,7 +69,7 @@ async def _walk(image: AsyncImage) -> None:
                 if device != METABOX and piece not in hinted:
                     hinted.add(piece)
                     image.inode_needed(entry.nid)
-                if entry.file_type == DIRECTORY and entry.nid not in seen:
+                if entry.file_type == FT_DIR and entry.nid not in seen:
                     seen.add(entry.nid)
                     below.append(entry.nid)
         for nid in below:
@@ -101,7 +100,7 @@ async def paths_of(image: AsyncImage, nids: Collection[int]) -> list[str]:
         async for entry in image.scandir(here):
             if entry.nid in wanted:
                 found.setdefault(entry.nid, "/" + tree.decode(place.path(entry.name)))
-            if entry.file_type == DIRECTORY:
+            if entry.file_type == FT_DIR:
                 directories.append((entry.name, await image.inode(entry.nid)))
         trail.enter(directories)
     return [found[nid] for nid in nids if nid in found]

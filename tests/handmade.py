@@ -15,8 +15,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyerofs import ondisk
-from pyerofs.crc32c import crc32c
+from pyerofs.format import ondisk
+from pyerofs.format.crc32c import crc32c
 from pyerofs.sources.base import check_range
 
 Pieces = dict[int, bytes]

@@ -20,7 +20,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
-from pyerofs import ondisk
+from pyerofs.format import ondisk
 from tests import handmade as hm
 
 ROOT = 128  # the nid of the root directory, where all inodes are in a layout

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
-from pyerofs.daemon import access_to
 from pyerofs.errors import SourceError, one_line
 from pyerofs.sources.spec import Access, SourceSpec
-from pyerofs.streams import open_standard_streams
+from pyerofs.system.daemon import access_to
+from pyerofs.system.streams import open_standard_streams
 from pyerofs_fuse.options import Options, UsageError, parse, usage
 
 MAX_LIST = 16 << 20  # characters of a list of paths
@@ -56,7 +56,7 @@ def _read_list(path: str) -> list[str]:
 
 
 def _mount(options: Options, spec: SourceSpec, access: Access, first: list[str]) -> int:
-    from pyerofs.daemon import Foreground, Report, fork, start_logging
+    from pyerofs.system.daemon import Foreground, Report, fork, start_logging
 
     report: Report = Foreground("pyerofs-fuse") if options.foreground else fork("pyerofs-fuse")
     try:

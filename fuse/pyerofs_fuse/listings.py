@@ -8,8 +8,8 @@ from operator import itemgetter
 
 from pyfuse3 import EntryAttributes
 
-from pyerofs.model import Inode
-from pyerofs_fuse.handles import Handles
+from pyerofs.format.model import Inode
+from pyerofs_fuse.processes.handles import Handles
 
 MAX_ROWS = 80_000  # directory entries kept ready to be sent, by all processes: about 30 MB
 MAX_DIRECTORY_ROWS = 1 << 13  # and of one; larger directories are prepared as they are read

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import pyfuse3
 
 from pyerofs.errors import one_line
-from pyerofs.memory import keep_freed_memory
+from pyerofs.system import mountinfo
+from pyerofs.system.libc import keep_freed_memory
 from pyerofs_fuse.options import Options, fuse_words
 
 READ_AHEAD_KB = 2048
@@ -62,24 +63,10 @@ def tune() -> None:
     keep_freed_memory()
 
 
-def _mount_at(mountpoint: str) -> tuple[str, str] | None:
-    """(device number, file system type) of what is mounted there last; None if nothing is."""
-    where = os.fsencode(mountpoint).decode("utf-8", "surrogateescape")
-    with open("/proc/self/mountinfo", errors="surrogateescape") as f:
-        rows = [line.split() for line in f]
-    for row in reversed(rows):
-        if _unescaped(row[4]) == where:
-            return row[2], row[row.index("-") + 1]
-    return None
-
-
 def _is_ours(mountpoint: str) -> bool:
     """Whether an image of ours is mounted there."""
-    try:
-        found = _mount_at(os.path.realpath(mountpoint))
-    except OSError:
-        return False
-    return found is not None and found[1] in ("fuse.pyerofs-fuse", "fuse.erofs", "erofs")
+    found = mountinfo.topmost(os.path.realpath(mountpoint))
+    return found is not None and found.kind in ("fuse.pyerofs-fuse", "fuse.erofs", "erofs")
 
 
 def _in_user_namespace() -> bool:
@@ -92,22 +79,14 @@ def _in_user_namespace() -> bool:
 
 def read_ahead(mountpoint: str) -> None:
     """Let the kernel read further ahead than its default of 128 KiB, where we may (as root)."""
+    found = mountinfo.topmost(mountpoint)
+    if found is None:
+        return
     try:
-        found = _mount_at(mountpoint)
-        if found is None:
-            return
-        device = found[0]
-        with open(f"/sys/class/bdi/{device}/read_ahead_kb", "w") as f:
+        with open(f"/sys/class/bdi/{found.device}/read_ahead_kb", "w") as f:
             f.write(str(READ_AHEAD_KB))
     except OSError:
         pass
-
-
-def _unescaped(text: str) -> str:
-    """A path of mountinfo, which writes blanks and backslashes in octal."""
-    for c in " \t\n\\":
-        text = text.replace(f"\\{ord(c):03o}", c)
-    return text
 
 
 def check(options: Options) -> None:

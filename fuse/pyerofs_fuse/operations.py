@@ -21,17 +21,17 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext
 
-from pyerofs import directory, tree, xattr
-from pyerofs import inode as inodes
 from pyerofs.aio import AsyncFile, AsyncImage
 from pyerofs.errors import CorruptImage, ErofsError
-from pyerofs.memory import Fault
-from pyerofs.model import Dirent, Inode
-from pyerofs.ondisk import NAME_LEN
+from pyerofs.format import directory, tree, xattr
+from pyerofs.format import inode as inodes
+from pyerofs.format.memory import Fault
+from pyerofs.format.model import Dirent, Inode
+from pyerofs.format.ondisk import MODE_OF_FT, NAME_LEN
 from pyerofs.sources.base import Buffer
-from pyerofs_fuse.handles import Handles
 from pyerofs_fuse.listings import Listing, Listings, Row, cookie_of
-from pyerofs_fuse.turns import Turns
+from pyerofs_fuse.processes.handles import Handles
+from pyerofs_fuse.processes.turns import Turns
 
 log = logging.getLogger("pyerofs-fuse")
 
@@ -55,10 +55,6 @@ _NODE_OF = {0: 2**64 - 2, 1: 2**64 - 1}
 _NUMBER_OF = {node: number for number, node in _NODE_OF.items()}
 
 _DOTS = (b".", b"..")
-_MODE_OF_TYPE = {
-    1: stat.S_IFREG, 2: stat.S_IFDIR, 3: stat.S_IFCHR, 4: stat.S_IFBLK,
-    5: stat.S_IFIFO, 6: stat.S_IFSOCK, 7: stat.S_IFLNK,
-}  # fmt: skip
 
 
 def answers(
@@ -227,7 +223,7 @@ class Operations(pyfuse3.Operations):
         """The same without attributes."""
         attr = EntryAttributes()
         attr.st_ino = number
-        attr.st_mode = _MODE_OF_TYPE.get(entry.file_type, stat.S_IFREG)
+        attr.st_mode = MODE_OF_FT.get(entry.file_type, stat.S_IFREG)
         attr.entry_timeout = attr.attr_timeout = 0.0
         return entry.name, attr, entry.cookie
 

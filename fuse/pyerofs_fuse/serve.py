@@ -20,20 +20,20 @@ import trio
 
 import pyerofs.aio
 from pyerofs.aio import AsyncImage
-from pyerofs.daemon import Report
 from pyerofs.errors import CorruptImage, ErofsError, UnsupportedFeature
 from pyerofs.image import Image
 from pyerofs.prefetch import paths_of, prefetch_metadata, prefetch_paths
-from pyerofs.progress import Download
 from pyerofs.sources.base import Source
 from pyerofs.sources.open import is_near, open_sources
 from pyerofs.sources.spec import Access, SourceSpec
-from pyerofs.status import publish
-from pyerofs_fuse import eager
-from pyerofs_fuse.crew import SIGNALS, Crew
+from pyerofs.system.daemon import Report
+from pyerofs.system.progress import Download
+from pyerofs.system.status import publish
 from pyerofs_fuse.mount import MountError, check, mounted, read_ahead, tune
 from pyerofs_fuse.operations import Operations
 from pyerofs_fuse.options import Options
+from pyerofs_fuse.processes import eager
+from pyerofs_fuse.processes.crew import SIGNALS, Crew
 
 log = logging.getLogger("pyerofs-fuse")
 

@@ -6,19 +6,20 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from pyerofs.daemon import access_to, ask_password, heeded
 from pyerofs.errors import ErofsError, one_line
-from pyerofs.streams import open_standard_streams
-from pyerofs_nbd.device import NbdError, node
+from pyerofs.system.daemon import access_to, ask_password, heeded
+from pyerofs.system.streams import open_standard_streams
+from pyerofs_nbd.devices.sysfs import node
+from pyerofs_nbd.errors import NbdError, sole_cause
 from pyerofs_nbd.options import Options, UsageError, for_exports, parse, usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyerofs.sources.spec import Access, SourceSpec
-    from pyerofs_nbd.attach import Attached, Behaviour
-    from pyerofs_nbd.reattach import Group
-    from pyerofs_nbd.recovery import Credentials, Record
+    from pyerofs_nbd.devices.recovery import Credentials, Record
+    from pyerofs_nbd.lifecycle.attach import Attached, Behaviour
+    from pyerofs_nbd.lifecycle.reattach import Group
 
 COMMAND = "pyerofs-nbd"
 
@@ -51,15 +52,9 @@ def main(words: list[str]) -> int:
     except BrokenPipeError:
         return 1
     except BaseExceptionGroup as e:
-        return _failed(_alone(e))
+        return _failed(sole_cause(e))
     except Exception as e:
         return _failed(e)
-
-
-def _alone(e: BaseException) -> BaseException:
-    while isinstance(e, BaseExceptionGroup) and len(e.exceptions) == 1:
-        e = e.exceptions[0]
-    return e
 
 
 def _failed(e: BaseException) -> int:
@@ -86,7 +81,7 @@ def _failed(e: BaseException) -> int:
 
 def _source(options: Options) -> tuple[SourceSpec, Record]:
     """The source, and the pattern of the recovery files."""
-    from pyerofs_nbd.recovery import Record
+    from pyerofs_nbd.devices.recovery import Record
 
     what = options.what
     assert what is not None
@@ -104,7 +99,7 @@ def _mountpoint(options: Options) -> str | None:
 
 def credentials(options: Options, access: Access) -> Credentials:
     """Where the password comes from, for the recovery file."""
-    from pyerofs_nbd.recovery import Credentials
+    from pyerofs_nbd.devices.recovery import Credentials
 
     if options.password_file is not None:
         return Credentials("file", options.password_file)
@@ -118,14 +113,14 @@ def credentials(options: Options, access: Access) -> Credentials:
 
 
 def _behaviour(options: Options) -> Behaviour:
-    from pyerofs_nbd.attach import Behaviour
+    from pyerofs_nbd.lifecycle.attach import Behaviour
 
     return Behaviour(options.foreground, options.verbose, options.log_file, options.supervise)
 
 
 def _attach(options: Options) -> int:
-    from pyerofs_nbd.attach import Plan, attach
-    from pyerofs_nbd.kernel import check_privilege
+    from pyerofs_nbd.devices.driver import check_privilege
+    from pyerofs_nbd.lifecycle.attach import Plan, attach
 
     check_privilege()
     spec, record = _source(options)
@@ -144,7 +139,7 @@ def _attach(options: Options) -> int:
 
 def _leave(make: Callable[[], Attached], records: list[Record], behaviour: Behaviour) -> int:
     """Do what makes a server, and leave it, or stay with it."""
-    from pyerofs_nbd.attach import settle, stay
+    from pyerofs_nbd.lifecycle.attach import settle, stay
 
     _end_on_signals()
     if behaviour.supervise and not behaviour.foreground:
@@ -162,7 +157,7 @@ def _leave(make: Callable[[], Attached], records: list[Record], behaviour: Behav
 def _leave_supervisor(
     make: Callable[[], Attached], records: list[Record], behaviour: Behaviour
 ) -> int:
-    from pyerofs.daemon import fork, start_logging
+    from pyerofs.system.daemon import fork, start_logging
 
     report = fork(COMMAND)
     start_logging(COMMAND, foreground=False, debug=int(behaviour.verbose))
@@ -180,9 +175,9 @@ def _leave_supervisor(
 def _supervise(found: Attached, records: list[Record], behaviour: Behaviour) -> int:
     from dataclasses import replace
 
-    from pyerofs_nbd import recovery
-    from pyerofs_nbd.attach import settle
-    from pyerofs_nbd.supervise import supervise
+    from pyerofs_nbd.devices import recovery
+    from pyerofs_nbd.lifecycle.attach import settle
+    from pyerofs_nbd.lifecycle.supervise import supervise
 
     access = records[0].access
     known = [replace(recovery.load(path), access=access) for path in found.paths]
@@ -202,7 +197,7 @@ def _end_on_signals() -> None:
 
 
 def _serve(options: Options) -> int:
-    from pyerofs.daemon import start_logging
+    from pyerofs.system.daemon import start_logging
 
     named: list[tuple[str, SourceSpec]] = []
     if options.what is not None:
@@ -211,30 +206,30 @@ def _serve(options: Options) -> int:
     named += [(name, shared.spec(source)) for name, source in options.exports]
     access = access_to(options.words)
     start_logging(COMMAND, foreground=True, debug=int(options.verbose), log_file=options.log_file)
-    from pyerofs_nbd.serve import serve
+    from pyerofs_nbd.server.modes import serve
 
     serve(options, named, access)
     return 0
 
 
 def _list(options: Options) -> int:
-    from pyerofs_nbd import listing
+    from pyerofs_nbd.lifecycle import inventory
 
-    text = listing.as_json() if options.json else listing.as_table()
+    text = inventory.as_json() if options.json else inventory.as_table()
     if text:
         print(text)
     return 0
 
 
 def _unmount(options: Options) -> int:
-    from pyerofs_nbd.teardown import unmount_target
+    from pyerofs_nbd.lifecycle.teardown import unmount_target
 
     unmount_target(str(options.target))
     return 0
 
 
 def _disconnect(options: Options) -> int:
-    from pyerofs_nbd.teardown import disconnect_target
+    from pyerofs_nbd.lifecycle.teardown import disconnect_target
 
     for where in disconnect_target(str(options.target)):
         print(
@@ -290,7 +285,7 @@ def _password_of(record: Record) -> str | None:
 
 
 def _reattach(options: Options) -> int:
-    from pyerofs_nbd.reattach import Alive, group_of, reattach, resolve
+    from pyerofs_nbd.lifecycle.reattach import Alive, group_of, reattach, resolve
 
     if options.all:
         return _reattach_all(options)
@@ -306,17 +301,17 @@ def _reattach(options: Options) -> int:
 
 def _reattach_all(options: Options) -> int:
     """All that were attached by us or mount.erofs and are dead; those of other programs are theirs."""
-    from pyerofs_nbd import device, recovery
-    from pyerofs_nbd.attach import settle
-    from pyerofs_nbd.kernel import check_privilege
-    from pyerofs_nbd.reattach import Alive, group_of, reattach
+    from pyerofs_nbd.devices import recovery, sysfs
+    from pyerofs_nbd.devices.driver import check_privilege
+    from pyerofs_nbd.lifecycle.attach import settle
+    from pyerofs_nbd.lifecycle.reattach import Alive, group_of, reattach
 
     check_privilege()
     status = 0
     done: set[int] = set()
     behaviour = _behaviour(options)
-    for index in device.devices():
-        path = device.backend(index)
+    for index in sysfs.devices():
+        path = sysfs.backend(index)
         if index in done or not path or recovery.alive(path) or not os.path.isfile(path):
             continue
         try:
@@ -336,7 +331,7 @@ def _reattach_all(options: Options) -> int:
 
 
 def _takeover(options: Options) -> int:
-    from pyerofs_nbd.reattach import group_of, resolve, take_over
+    from pyerofs_nbd.lifecycle.reattach import group_of, resolve, take_over
 
     behaviour = _behaviour(options)
     group = group_of(resolve(str(options.target)))

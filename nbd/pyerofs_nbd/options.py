@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pyerofs.sources.spec import WORDS, SourceWords, split_words
-from pyerofs_nbd.device import index_of
+from pyerofs_nbd.devices.sysfs import index_of
 
 DEAD_TIMEOUT = 3600
 

@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from pyerofs.cli.common import print_json
 from pyerofs.cli.messages import UsageError, complain
 from pyerofs.errors import SourceError, one_line
-from pyerofs.progress import Progress
-from pyerofs.sources.cachedir import Blob, CacheDir, default_directory
-from pyerofs.sources.store import BAD, COMPLETE
+from pyerofs.sources.cache.cachedir import Blob, CacheDir, default_directory
+from pyerofs.sources.cache.store import BAD, COMPLETE
+from pyerofs.system.progress import Progress
 from pyerofs.units import format_size
 
 _STATES = {COMPLETE: "complete", BAD: "bad"}

@@ -14,29 +14,22 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from pyerofs import data, directory, ondisk, tree, xattr
-from pyerofs import inode as inodes
 from pyerofs.cli.common import open_image, print_json, printable
 from pyerofs.cli.workers import Threads, Workers, WorkersEnded, hire
 from pyerofs.errors import CorruptImage, DeviceMissing, ErofsError
-from pyerofs.extent import extents
+from pyerofs.format import data, directory, ondisk, tree, xattr
+from pyerofs.format import inode as inodes
+from pyerofs.format.extent import extents
+from pyerofs.format.model import HOLE, Dirent, Inode
+from pyerofs.format.tree import Place
 from pyerofs.image import Image
-from pyerofs.model import HOLE, Dirent, Inode
-from pyerofs.progress import Progress
-from pyerofs.tree import Place
+from pyerofs.system.progress import Progress
 
 PIECE = 4 << 20
 BATCH_FILES = 64
 BATCH_BYTES = 8 << 20
 MAX_BAD = 100  # blocks or entries of a directory, before the rest of it is left alone
 MAX_PROBLEMS = 10_000  # beyond that, more detail helps nobody
-
-# what stat's file types are called in directory entries
-FILE_TYPES = {
-    stat.S_IFREG: ondisk.FT_REG_FILE, stat.S_IFDIR: ondisk.FT_DIR, stat.S_IFCHR: ondisk.FT_CHRDEV,
-    stat.S_IFBLK: ondisk.FT_BLKDEV, stat.S_IFIFO: ondisk.FT_FIFO, stat.S_IFSOCK: ondisk.FT_SOCK,
-    stat.S_IFLNK: ondisk.FT_SYMLINK,
-}  # fmt: skip
 
 
 def check(args: argparse.Namespace) -> int:
@@ -176,7 +169,7 @@ class Checker:
                 except ErofsError as e:
                     self._caught(tree.shown_path(place, entry.name), e, entry.nid)
                     continue
-                if FILE_TYPES[child.mode & 0o170000] != entry.file_type:
+                if stat.S_IFMT(child.mode) != ondisk.MODE_OF_FT.get(entry.file_type):
                     found = tree.file_type(child)
                     self._add(
                         tree.shown_path(place, entry.name),

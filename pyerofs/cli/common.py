@@ -12,10 +12,10 @@ from typing import Any
 
 from pyerofs import image
 from pyerofs.cli.messages import complain
-from pyerofs.daemon import access_to, start_logging
 from pyerofs.image import Image
-from pyerofs.progress import Download
 from pyerofs.sources.spec import SourceWords
+from pyerofs.system.daemon import access_to, start_logging
+from pyerofs.system.progress import Download
 
 
 @contextmanager

@@ -11,16 +11,16 @@ import argparse
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pyerofs import inode as inodes
-from pyerofs import ondisk, tree, xattr, zmap
 from pyerofs.cli.common import open_image, print_json, printable
 from pyerofs.errors import CorruptImage, ErofsError
-from pyerofs.extent import extents
+from pyerofs.format import inode as inodes
+from pyerofs.format import ondisk, tree, xattr, zmap
+from pyerofs.format.extent import extents
+from pyerofs.format.model import ENCODED, FRAGMENT, META, PLAIN, Inode
+from pyerofs.format.tree import Place
+from pyerofs.format.volume import Volume
 from pyerofs.image import Image
-from pyerofs.model import ENCODED, FRAGMENT, META, PLAIN, Inode
-from pyerofs.tree import Place
 from pyerofs.units import format_size
-from pyerofs.volume import Volume
 
 PIECE = 1 << 20
 

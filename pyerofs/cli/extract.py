@@ -19,18 +19,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar, TypeVarTuple
 
-from pyerofs import data, tree, xattr
 from pyerofs.cli.common import open_image
 from pyerofs.cli.directories import OPEN, Directories
 from pyerofs.cli.messages import complain
 from pyerofs.cli.workers import Threads, Workers, WorkersEnded, hire
 from pyerofs.errors import DeviceMissing, ErofsError
-from pyerofs.extent import extents
+from pyerofs.format import data, tree, xattr
+from pyerofs.format.extent import extents
+from pyerofs.format.model import HOLE, Inode
+from pyerofs.format.tree import Place
 from pyerofs.image import Image
-from pyerofs.model import HOLE, Inode
-from pyerofs.progress import Progress
 from pyerofs.sources.base import Buffer
-from pyerofs.tree import Place
+from pyerofs.system.progress import Progress
 
 PIECE = 1 << 20  # bytes gathered for one write
 BATCH_FILES = 64  # files, or

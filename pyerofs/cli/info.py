@@ -6,11 +6,11 @@ import argparse
 from datetime import UTC, datetime
 from typing import Any
 
-from pyerofs import inode as inodes
-from pyerofs import ondisk, tree, xattr
 from pyerofs.cli.common import open_image, print_json
+from pyerofs.format import inode as inodes
+from pyerofs.format import ondisk, tree, xattr
+from pyerofs.format.model import Inode
 from pyerofs.image import Image
-from pyerofs.model import Inode
 from pyerofs.units import format_size
 
 

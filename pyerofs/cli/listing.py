@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-from pyerofs import tree as trees
 from pyerofs.cli.common import open_image, print_json, printable
+from pyerofs.format import tree as trees
+from pyerofs.format.model import KIND_NAMES, Extent, Inode
+from pyerofs.format.ondisk import ALG_NAMES, LAYOUT_NAMES
 from pyerofs.image import DirEntry, Image
-from pyerofs.model import KIND_NAMES, Extent, Inode
-from pyerofs.ondisk import ALG_NAMES, LAYOUT_NAMES
 
 PIECE = 1 << 20
 

@@ -15,7 +15,7 @@ from pyerofs import __version__
 from pyerofs.cli.messages import UsageError, complain
 from pyerofs.errors import CorruptImage, ErofsError, UnsupportedFeature
 from pyerofs.sources.spec import DEFAULT_CACHE_LIMIT, OCI, WORDS, SourceWords
-from pyerofs.streams import open_standard_streams
+from pyerofs.system.streams import open_standard_streams
 from pyerofs.units import parse_size
 
 EPILOG = """\

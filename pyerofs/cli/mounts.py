@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from pyerofs.cli.common import print_json
-from pyerofs.status import live
+from pyerofs.system.status import live
 from pyerofs.units import format_size
 
 

@@ -12,13 +12,13 @@ import stat
 import sys
 from typing import BinaryIO
 
-from pyerofs import data, tree, xattr
 from pyerofs.cli.common import open_image
 from pyerofs.cli.messages import complain
 from pyerofs.errors import CorruptImage, ErofsError
+from pyerofs.format import data, tree, xattr
+from pyerofs.format.model import Inode
 from pyerofs.image import Image
-from pyerofs.memory import keep_freed_memory
-from pyerofs.model import Inode
+from pyerofs.system.libc import keep_freed_memory
 
 BLOCK = 512
 RECORD = 20 * BLOCK  # tar pads its archives to this

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, NoReturn, TypeVar
 
-from pyerofs.memory import keep_freed_memory
+from pyerofs.system.libc import keep_freed_memory
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")

@@ -5,10 +5,10 @@ wrap one another (slice, concatenation) and know nothing of EROFS.
 """
 
 from pyerofs.sources.base import AsyncSource, Buffer, Source
-from pyerofs.sources.concat import ConcatSource
-from pyerofs.sources.file import FileObjectSource, FileSource
-from pyerofs.sources.memory import MemorySource
-from pyerofs.sources.slice import SliceSource
+from pyerofs.sources.local.buffer import MemorySource
+from pyerofs.sources.local.concat import ConcatSource
+from pyerofs.sources.local.file import FileObjectSource, FileSource
+from pyerofs.sources.local.slice import SliceSource
 
 __all__ = [
     "AsyncSource",

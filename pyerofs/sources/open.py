@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias, cast
 
 from pyerofs.errors import SourceError, SourceNotFound
 from pyerofs.sources.base import AsyncSource, Source
-from pyerofs.sources.file import FileObjectSource, FileSource
-from pyerofs.sources.reference import parse_reference
-from pyerofs.sources.slice import AsyncSlice, SliceSource
-from pyerofs.sources.sparse import unsparsed
+from pyerofs.sources.local.file import FileObjectSource, FileSource
+from pyerofs.sources.local.slice import AsyncSlice, SliceSource
+from pyerofs.sources.local.sparse import unsparsed
+from pyerofs.sources.oci.reference import parse_reference
 from pyerofs.sources.spec import HTTP, LAYOUT, OCI, Access, SourceSpec, parse_spec
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ def open_source(what: Openable, access: Access | None = None) -> Source:
     Raises SourceError."""
     spec = _far(what)
     if spec is not None:
-        from pyerofs.sources.blocking import open_blocking
+        from pyerofs.sources.portal import open_blocking
 
-        return open_blocking(spec, access or Access())[0]
+        return open_blocking(partial(open_async, spec, access or Access()))[0]
     if isinstance(what, SourceSpec):
         source = _file(what.what)
         return _slice(source, what.offset) if what.offset else source
@@ -78,7 +79,7 @@ async def open_async(spec: SourceSpec, access: Access, nursery: trio.Nursery) ->
 
 async def open_one(what: Openable, access: Access, nursery: trio.Nursery) -> AsyncSource:
     """An asynchronous source for one image or device (without the devices of a spec)."""
-    from pyerofs.sources.threaded import ThreadedSource
+    from pyerofs.sources.local.threaded import ThreadedSource
 
     spec = _far(what)
     if spec is None:

@@ -11,16 +11,18 @@ from dataclasses import replace
 import trio
 
 from pyerofs.errors import IntegrityError, SourceError
-from pyerofs.sources.auth import BasicAuthority
-from pyerofs.sources.base import MAX_BLOB, AsyncSource, NoRoom, verifiable
-from pyerofs.sources.blobstore import BlobStore
-from pyerofs.sources.cached import CachedSource, Remote
-from pyerofs.sources.cachedir import CacheDir, temporary_file
-from pyerofs.sources.claim import Origin, origin_of
-from pyerofs.sources.credentials import Credentials
-from pyerofs.sources.digested import DigestedSource
-from pyerofs.sources.file import FileSource
-from pyerofs.sources.http import (
+from pyerofs.sources.base import MAX_BLOB, SEGMENT, AsyncSource, NoRoom, verifiable
+from pyerofs.sources.cache.blobstore import BlobStore
+from pyerofs.sources.cache.cached import CachedSource, Remote
+from pyerofs.sources.cache.cachedir import CacheDir, temporary_file
+from pyerofs.sources.cache.claim import Origin, origin_of
+from pyerofs.sources.cache.store import MEMORY_SEGMENTS
+from pyerofs.sources.local.digested import DigestedSource
+from pyerofs.sources.local.file import FileSource
+from pyerofs.sources.local.threaded import ThreadedSource
+from pyerofs.sources.net.auth import BasicAuthority
+from pyerofs.sources.net.credentials import Credentials
+from pyerofs.sources.net.http import (
     Found,
     HttpBlob,
     Version,
@@ -28,15 +30,13 @@ from pyerofs.sources.http import (
     download,
     whole_is_too_large,
 )
-from pyerofs.sources.layout import Layout
-from pyerofs.sources.oci import Descriptor, resolve
-from pyerofs.sources.reference import parse_digest, parse_reference
-from pyerofs.sources.registry import Registry, patience
+from pyerofs.sources.net.transport import Pace, Target, Traffic, Transient, Transport
+from pyerofs.sources.oci.layout import Layout
+from pyerofs.sources.oci.manifest import Descriptor, resolve
+from pyerofs.sources.oci.reference import parse_digest, parse_reference
+from pyerofs.sources.oci.registry import Registry, patience
+from pyerofs.sources.oci.zstd_layer import unpack
 from pyerofs.sources.spec import OCI, Access, SourceSpec
-from pyerofs.sources.store import MEMORY_SEGMENTS, SEGMENT
-from pyerofs.sources.threaded import ThreadedSource
-from pyerofs.sources.transport import Pace, Target, Traffic, Transient, Transport
-from pyerofs.sources.unpack import unpack
 
 log = logging.getLogger("pyerofs")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pyerofs import ondisk
+from pyerofs.format import ondisk
 from tests import handmade as hm
 from tests import hostile
 from tests.hostile import BLOCK, DIR, FILE, Entry, Layout, bounded

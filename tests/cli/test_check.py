@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pyerofs import Image, ondisk
+from pyerofs import Image
+from pyerofs.format import ondisk
 from tests import handmade as hm
 from tests.cli.conftest import Run
 from tests.helpers import directory, every_image, handmade, open_golden, symlink, words

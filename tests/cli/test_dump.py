@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pyerofs import ondisk
+from pyerofs.format import ondisk
 from tests import handmade as hm
 from tests.cli.conftest import Run
 from tests.helpers import every_image, handmade, open_golden, words

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pyerofs.model import HOLE
+from pyerofs.format.model import HOLE
 from tests import handmade as hm
 from tests.cli.conftest import Done, Run, RunProcess
 from tests.helpers import (

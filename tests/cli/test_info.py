@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pyerofs.tree import _TYPES
+from pyerofs.format.tree import _TYPES
 from tests import handmade as hm
 from tests.cli.conftest import Run
 from tests.helpers import every_image, handmade, words

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 import pyerofs
-from pyerofs import ondisk
 from pyerofs.errors import SourceError
+from pyerofs.format import ondisk
 from tests import handmade as hm
 from tests.cli.conftest import Done, Run, RunProcess
 from tests.helpers import handmade, open_golden, words

@@ -24,7 +24,7 @@ import pytest
 import trio
 import trio.testing
 
-from pyerofs import status
+from pyerofs.system import status
 from tests.cli.conftest import ROOT, Run
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ needs_root = pytest.mark.skipif(not IS_ROOT, reason="only root reads what others
 # the command with its directories elsewhere: BASE OWN WORD ...
 ELSEWHERE = """
 import sys
-from pyerofs import status
+from pyerofs.system import status
 from pyerofs.cli.main import main
 status.RUN_USER = sys.argv[1]
 status.directory = lambda: sys.argv[2]

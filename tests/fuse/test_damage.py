@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import pyerofs
-from pyerofs.model import ENCODED
+from pyerofs.format.model import ENCODED
 from tests.fuse.mounting import PATIENCE, foreground, is_mounted, mounted
 from tests.manifests import IMAGES, differences, entry_at, golden, without_trusted
 

@@ -30,8 +30,8 @@ import pytest
 import trio
 
 import pyerofs
-from pyerofs import ondisk
-from pyerofs.daemon import Foreground
+from pyerofs.format import ondisk
+from pyerofs.system.daemon import Foreground
 from tests import handmade as hm
 from tests.fuse import libc
 from tests.fuse.mounting import (
@@ -49,7 +49,7 @@ from tests.fuse.mounting import (
 from tests.manifests import IMAGES, Manifest, entries_below, golden
 
 if TYPE_CHECKING:
-    from pyerofs_fuse.turns import Turns
+    from pyerofs_fuse.processes.turns import Turns
 
 T = TypeVar("T")
 
@@ -376,7 +376,7 @@ def open_files(pid: int) -> dict[int, str]:
 
 
 def test_fewer_where_no_more_can_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyerofs_fuse.crew import Crew
+    from pyerofs_fuse.processes.crew import Crew
 
     def fork() -> int:
         raise BlockingIOError(errno.EAGAIN, "no more processes")
@@ -724,8 +724,8 @@ def eager_trio(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Turns, Tu
     """The trio that pyfuse3 gets, and the turn as two processes have it: it is the first one's, who
     uses that trio."""
     import pyfuse3
-    from pyerofs_fuse import eager
-    from pyerofs_fuse.turns import Turns
+    from pyerofs_fuse.processes import eager
+    from pyerofs_fuse.processes.turns import Turns
 
     turns = Turns(2)
     other = copy.copy(turns)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 import pyerofs
-from pyerofs import ondisk
+from pyerofs.format import ondisk
 from tests import handmade as hm
 from tests.fuse.mounting import (
     PATIENCE,

@@ -16,13 +16,13 @@ from struct import Struct, calcsize
 from typing import NamedTuple
 
 import pyerofs
-from pyerofs import data, directory, ondisk, zmap
-from pyerofs.crc32c import crc32c
 from pyerofs.errors import ErofsError
-from pyerofs.extent import extents
+from pyerofs.format import data, directory, ondisk, zmap
+from pyerofs.format.crc32c import crc32c
+from pyerofs.format.extent import extents
+from pyerofs.format.memory import METABOX
+from pyerofs.format.model import ENCODED, FRAGMENT, META, PLAIN, Inode
 from pyerofs.image import Image
-from pyerofs.memory import METABOX
-from pyerofs.model import ENCODED, FRAGMENT, META, PLAIN, Inode
 from pyerofs.sources import MemorySource
 from tests.fuzz import crafted
 

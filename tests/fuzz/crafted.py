@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import lz4.block
 
-from pyerofs import ondisk
+from pyerofs.format import ondisk
 from tests import handmade as hm
 
 BLOCK = 512

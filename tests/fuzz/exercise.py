@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import trio
 
-from pyerofs import aio, directory
+from pyerofs import aio
 from pyerofs.cli.check import Checker
 from pyerofs.errors import (
     CorruptImage,
@@ -22,11 +22,12 @@ from pyerofs.errors import (
     NotFound,
     TooManySymlinks,
 )
+from pyerofs.format import directory
+from pyerofs.format.model import Dirent, Inode
+from pyerofs.format.tree import file_type
 from pyerofs.image import Image
-from pyerofs.model import Dirent, Inode
-from pyerofs.progress import Progress
 from pyerofs.sources import Buffer, MemorySource
-from pyerofs.tree import file_type
+from pyerofs.system.progress import Progress
 from tests.fuzz.atlas import open_bytes
 
 MISSING = ("user.absent", "trusted.overlay.opaque", "system.posix_acl_access", "nonsense", "")

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyerofs import ondisk
-from pyerofs.decompress import DecodeError, lz4_unpadded
 from pyerofs.errors import CorruptImage
+from pyerofs.format import ondisk
+from pyerofs.format.codecs import DecodeError, lz4_unpadded
 from tests import handmade as hm
 from tests.fuzz import atlas, crafted
 from tests.fuzz.exercise import WAYS, exercise, time_limit

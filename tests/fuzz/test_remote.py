@@ -15,20 +15,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyerofs.errors import SourceError
-from pyerofs.private import PrivateDirectory
-from pyerofs.sources import oci, store, verity
-from pyerofs.sources.auth import parse_challenge
-from pyerofs.sources.credentials import _best_entry, _from_entry
-from pyerofs.sources.http import content_length, content_range
-from pyerofs.sources.reference import parse_reference
+from pyerofs.sources import verity
+from pyerofs.sources.cache import store
+from pyerofs.sources.net.auth import parse_challenge
+from pyerofs.sources.net.credentials import _best_entry, _from_entry
+from pyerofs.sources.net.http import content_length, content_range
+from pyerofs.sources.oci import manifest
+from pyerofs.sources.oci.reference import parse_reference
 from pyerofs.sources.spec import WORDS as ALL_WORDS
 from pyerofs.sources.spec import SourceSpec, SourceWords, VeritySpec
+from pyerofs.system.private import PrivateDirectory
 
 many = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 
 DIGESTS = st.sampled_from([f"sha256:{'0' * 64}", f"sha256:{'a' * 64}", "sha256:1", "", "md5:aa"])
 TYPES = st.sampled_from(
-    [*oci.INDEX_TYPES, *oci.MANIFEST_TYPES, "application/vnd.erofs.layer.v1+zstd", "", "text/plain"]
+    [
+        *manifest.INDEX_TYPES,
+        *manifest.MANIFEST_TYPES,
+        "application/vnd.erofs.layer.v1+zstd",
+        "",
+        "text/plain",
+    ]
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -86,7 +94,7 @@ def test_manifests(given_documents: list[Any], layer: int | None) -> None:
     """Each question gets the next document; they may lead round in a circle."""
     asked = 0
 
-    async def get(_: oci.Descriptor | None) -> tuple[str, bytes]:
+    async def get(_: manifest.Descriptor | None) -> tuple[str, bytes]:
         nonlocal asked
         asked += 1
         assert asked < 1000
@@ -95,7 +103,7 @@ def test_manifests(given_documents: list[Any], layer: int | None) -> None:
 
     async def run() -> None:
         try:
-            chosen = await oci.resolve(get, "app", platform=None, layer=layer, blob=None)
+            chosen = await manifest.resolve(get, "app", platform=None, layer=layer, blob=None)
         except SourceError:
             return
         assert chosen.layer is not None

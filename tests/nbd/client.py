@@ -7,7 +7,7 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pyerofs_nbd import protocol as p
+from pyerofs_nbd.server import protocol as p
 
 PATIENCE = 30.0  # seconds for what should take none; a virtual machine may stand still for some
 

@@ -10,7 +10,7 @@ import pytest
 pytest.register_assert_rewrite("tests.nbd.client", "tests.nbd.rig", "tests.nbd.fuzz_streams")
 
 from pyerofs.sources import FileSource  # noqa: E402  after that
-from pyerofs.sources.threaded import ThreadedSource  # noqa: E402
+from pyerofs.sources.local.threaded import ThreadedSource  # noqa: E402
 from tests.nbd.rig import DATA, Rig, memory  # noqa: E402
 
 

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Sequence
 from math import inf
 
 import trio
-from pyerofs_nbd import protocol as p
-from pyerofs_nbd.server import ALL_BYTES, Export, Server
+from pyerofs_nbd.server import protocol as p
+from pyerofs_nbd.server.exports import ALL_BYTES, Export, Server
 
 from pyerofs.errors import SourceError
 from pyerofs.sources import MemorySource

@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import trio
-from pyerofs_nbd import listen
-from pyerofs_nbd.server import Export, Server
+from pyerofs_nbd.server import listen
+from pyerofs_nbd.server.exports import Export, Server
 
 from pyerofs.errors import SourceError
 from pyerofs.sources import MemorySource
 from pyerofs.sources.base import AsyncSource, Buffer
-from pyerofs.sources.threaded import ThreadedSource
+from pyerofs.sources.local.threaded import ThreadedSource
 from tests.nbd.client import PATIENCE, Client
 
 T = TypeVar("T")

@@ -6,11 +6,11 @@ from __future__ import annotations
 import sys
 
 import trio
-from pyerofs_nbd import listen
-from pyerofs_nbd.server import Export, Server
+from pyerofs_nbd.server import listen
+from pyerofs_nbd.server.exports import Export, Server
 
 from pyerofs.sources import FileSource
-from pyerofs.sources.threaded import ThreadedSource
+from pyerofs.sources.local.threaded import ThreadedSource
 
 
 async def main() -> None:

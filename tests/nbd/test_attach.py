@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 import trio
-from pyerofs_nbd import device, flat
-from pyerofs_nbd.device import Mount, NbdError
+from pyerofs_nbd.devices import sysfs
+from pyerofs_nbd.errors import NbdError
 
 from pyerofs.errors import SourceError
-from pyerofs.layout import flat_layout
+from pyerofs.format.placement import flat_layout
+from pyerofs.images import flat
 from pyerofs.sources import MemorySource
-from pyerofs.sources.threaded import ThreadedSource
+from pyerofs.sources.local.threaded import ThreadedSource
+from pyerofs.system import mountinfo
+from pyerofs.system.mountinfo import Mount
 from tests.manifests import IMAGES, golden
 
 PLAIN = IMAGES / "plain.erofs"
@@ -79,7 +82,7 @@ def test_without_the_driver(words: list[str], tmp_path: Path) -> None:
 def test_without_privilege() -> None:
     child = os.fork()
     if not child:  # in this process, whose files a nobody could not import
-        from pyerofs_nbd.kernel import check_privilege
+        from pyerofs_nbd.devices.driver import check_privilege
 
         os.setuid(65534)
         try:
@@ -166,10 +169,10 @@ def test_mountinfo() -> None:
         "38 36 43:32 /sub /\udcff ro - erofs /dev/nbd1 ro\n"
         "nonsense\n\n1 2 3 4 5 6 - x\n"
     )
-    assert device.parse_mountinfo(text) == [
-        ("43:0", "/dev/nbd0", Mount("/mnt/a b\\\t", "erofs", "ro,nodev,ro,x=1")),
-        ("0:5", "udev", Mount("/dev", "devtmpfs", "rw,rw")),
-        ("43:32", "/dev/nbd1", Mount("/\udcff", "erofs", "ro,ro")),
+    assert mountinfo.parse(text) == [
+        Mount("43:0", "/mnt/a b\\\t", "erofs", "/dev/nbd0", "ro,nodev,ro,x=1"),
+        Mount("0:5", "/dev", "devtmpfs", "udev", "rw,rw"),
+        Mount("43:32", "/\udcff", "erofs", "/dev/nbd1", "ro,ro"),
     ]
 
 
@@ -179,7 +182,7 @@ def test_mountinfo() -> None:
      ("nbd١", None), ("x/dev/nbd0", None), ("nbd1\n", None)],
 )  # fmt: skip
 def test_names_of_devices(name: str, index: int | None) -> None:
-    assert device.index_of(name) == index
+    assert sysfs.index_of(name) == index
 
 
 def test_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,12 +195,12 @@ def test_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / name).mkdir()
         for file, text in files.items():
             (tmp_path / name / file).write_text(text)
-    monkeypatch.setattr(device, "SYSFS", str(tmp_path))
-    assert device.devices() == [0, 10]
-    assert device.backend(0) == "/run/a b "
-    assert device.backend(10) is None
-    assert device.owned_by("/run/a b ") == [0]
-    assert (device.size(0), device.size(1), device.size(7)) == (4096, 0, 0)
+    monkeypatch.setattr(sysfs, "SYSFS", str(tmp_path))
+    assert sysfs.devices() == [0, 10]
+    assert sysfs.backend(0) == "/run/a b "
+    assert sysfs.backend(10) is None
+    assert sysfs.owned_by("/run/a b ") == [0]
+    assert (sysfs.size(0), sysfs.size(1), sysfs.size(7)) == (4096, 0, 0)
 
 
 # --- several sources as one device ----------------------------------------------------------

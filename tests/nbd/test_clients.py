@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pyerofs_nbd import listen, tls
-from pyerofs_nbd.server import Export
+from pyerofs_nbd.server import listen, tls
+from pyerofs_nbd.server.exports import Export
 
 from pyerofs.sources import FileSource
-from pyerofs.sources.threaded import ThreadedSource
+from pyerofs.sources.local.threaded import ThreadedSource
 from tests.manifests import IMAGES
 from tests.nbd.rig import DATA, SIZE, Rig
 from tests.remote.tls import Authority

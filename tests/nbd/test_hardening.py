@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pyerofs_nbd import listen, server, tls
-from pyerofs_nbd import protocol as p
+from pyerofs_nbd.server import exports, listen, tls
+from pyerofs_nbd.server import protocol as p
 
-from pyerofs.sources.threaded import ThreadedSource
+from pyerofs.sources.local.threaded import ThreadedSource
 from tests.fuse.mounting import wait_until
 from tests.helpers import signals_at
 from tests.nbd.client import DISC, PATIENCE, Client, contexts, go, option, read
@@ -180,7 +180,7 @@ def test_what_is_said_of_a_server_with_an_authority(certificates: Path, data: Pa
 def _handshakes_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """No connection is closed for its handshake's sake."""
     monkeypatch.setattr(listen, "HANDSHAKE_TIMEOUT", LONG, raising=False)
-    monkeypatch.setattr(server, "HANDSHAKE_SECONDS", LONG, raising=False)
+    monkeypatch.setattr(exports, "HANDSHAKE_SECONDS", LONG, raising=False)
 
 
 @pytest.fixture(name="impatient")
@@ -392,7 +392,8 @@ ENDINGS = {signal.SIGTERM: {0}, signal.SIGINT: {0, 130}}
 AT_A_MOMENT = """
 import os, signal, socket, sys
 
-from pyerofs_nbd import cli, listen, serve
+from pyerofs_nbd import cli
+from pyerofs_nbd.server import listen, modes
 
 number, moment = int(sys.argv[1]), sys.argv[2]
 sys.argv[1:3] = []
@@ -493,7 +494,7 @@ def test_a_signal_that_was_not_ignored_ends_it(
 DAEMON = """
 import os, sys, time
 
-from pyerofs.daemon import fork
+from pyerofs.system.daemon import fork
 
 report = fork("test")
 own = open(sys.argv[1], "rb")

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from pyerofs_nbd import listen, tls
-from pyerofs_nbd import protocol as p
-from pyerofs_nbd.listen import Listener, ListenError
+from pyerofs_nbd.server import listen, tls
+from pyerofs_nbd.server import protocol as p
+from pyerofs_nbd.server.listen import Listener, ListenError
 
 from tests.nbd.client import DISC, PATIENCE, Client, go, option, read
 from tests.nbd.rig import DATA, Rig, memory

@@ -8,7 +8,7 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pyerofs_nbd import netlink as nl
+from pyerofs_nbd.devices import netlink as nl
 
 
 def message(kind: int, payload: bytes, *, flags: int = 0, sequence: int = 1) -> bytes:

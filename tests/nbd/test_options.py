@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from pyerofs_nbd.mounting import MS_RDONLY, flags_and_data
+from pyerofs_nbd.devices.mounting import MS_RDONLY, flags_and_data
 from pyerofs_nbd.options import Options, UsageError, for_exports, parse, usage
 
 from pyerofs.sources.spec import WORDS, SourceSpec, VeritySpec, split_words

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pyerofs_nbd import protocol as p
+from pyerofs_nbd.server import protocol as p
 
 from tests.nbd import fuzz_streams
 from tests.nbd.client import DISC, contexts, go, option, read, request, string

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pyerofs_nbd import control, device, foreign, recovery
-from pyerofs_nbd.device import NbdError
-from pyerofs_nbd.recovery import Credentials, Fingerprint, Record
+from pyerofs_nbd.devices import foreign, recovery, sysfs
+from pyerofs_nbd.devices.recovery import Credentials, Fingerprint, Record
+from pyerofs_nbd.errors import NbdError
+from pyerofs_nbd.lifecycle import control
 
 from pyerofs.sources.spec import Access, SourceSpec, VeritySpec
 
@@ -194,9 +195,9 @@ def test_what_is_stale_is_collected(where: Path, monkeypatch: pytest.MonkeyPatch
     os.utime(old, (0, 0))
     young = where / ".y.new"
     young.touch()
-    monkeypatch.setattr(device, "SYSFS", str(where))
-    monkeypatch.setattr(device, "devices", lambda: [3])
-    monkeypatch.setattr(device, "backend", lambda index: attached)
+    monkeypatch.setattr(sysfs, "SYSFS", str(where))
+    monkeypatch.setattr(sysfs, "devices", lambda: [3])
+    monkeypatch.setattr(sysfs, "backend", lambda index: attached)
     assert recovery.collect() == [stale]
     left = {attached, alive, str(young)} | {recovery.control_path(p) for p in (attached, alive)}
     assert {str(p) for p in where.iterdir()} == left
@@ -208,7 +209,7 @@ def test_nothing_is_collected_where_devices_can_not_be_seen(
 ) -> None:
     path, fd = write()
     os.close(fd)
-    monkeypatch.setattr(device, "SYSFS", "/no/such/sysfs")
+    monkeypatch.setattr(sysfs, "SYSFS", "/no/such/sysfs")
     assert recovery.collect() == []
     assert os.path.exists(path)
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import trio
-from pyerofs_nbd import batch, holes, server
-from pyerofs_nbd import protocol as p
-from pyerofs_nbd.pagecache import PageCache
-from pyerofs_nbd.server import ALL_BYTES, Export, Server
+from pyerofs_nbd.server import batch, exports, holes
+from pyerofs_nbd.server import protocol as p
+from pyerofs_nbd.server.exports import ALL_BYTES, Export, Server
+from pyerofs_nbd.server.pagecache import PageCache
 
 from pyerofs.sources import FileSource, MemorySource
 from pyerofs.sources.base import Buffer
-from pyerofs.sources.threaded import ThreadedSource
+from pyerofs.sources.local.threaded import ThreadedSource
 from tests.nbd.client import DISC, PATIENCE, Client, go, option, read, request
 from tests.nbd.rig import DATA, SIZE, Rig, Slow, memory
 
@@ -250,7 +250,7 @@ def test_misses_run_side_by_side() -> None:
 
 
 def test_requests_in_flight_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "MAX_REQUESTS", 4)
+    monkeypatch.setattr(exports, "MAX_REQUESTS", 4)
     source = Slow(border=4096)
     with Rig(ThreadedSource(source)) as rig:
         client = rig.started()
@@ -281,8 +281,8 @@ def test_bytes_in_flight_are_bounded() -> None:
 
 
 def test_who_reads_nothing_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "ALL_BYTES", 4 * MIB)
-    monkeypatch.setattr(server, "STALLED", 0.1)
+    monkeypatch.setattr(exports, "ALL_BYTES", 4 * MIB)
+    monkeypatch.setattr(exports, "STALLED", 0.1)
     source = Slow(bytes(4 * MIB), 4 * MIB)
     source.go.set()
     with Rig(ThreadedSource(source)) as rig:
@@ -487,7 +487,7 @@ def test_bad_magic_ends_the_connection(rig: Rig) -> None:
 
 
 def test_idle_handshakes_end(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HANDSHAKE_SECONDS", 0.1)
+    monkeypatch.setattr(exports, "HANDSHAKE_SECONDS", 0.1)
     for sent in (b"", b"\0\0\0\3", b"\0\0\0\3IHAVEOPT"):
         client = rig.connect()
         client.send(sent)
@@ -497,7 +497,7 @@ def test_idle_handshakes_end(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_handshake_that_never_ends(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Activity does not prolong it."""
-    monkeypatch.setattr(server, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(exports, "HANDSHAKE_SECONDS", 0.2)
     monkeypatch.setattr(p, "MAX_OPTIONS", 1 << 40)
     client = rig.connect()
     client.greet()

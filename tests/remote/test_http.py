@@ -21,7 +21,7 @@ from pyerofs.errors import (
     ErofsError,
     SourceError,
 )
-from pyerofs.sources.store import Claimed
+from pyerofs.sources.cache.store import Claimed
 from tests.handmade import noise
 from tests.helpers import entries_of, every_image
 from tests.manifests import Manifest, differences

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pyerofs.errors import SourceError
-from pyerofs.sources.reference import Reference, parse_digest, parse_reference
+from pyerofs.sources.oci.reference import Reference, parse_digest, parse_reference
 
 HEX = "0123456789abcdef" * 4
 SHA256 = f"sha256:{HEX}"

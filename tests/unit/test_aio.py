@@ -17,9 +17,10 @@ import trio
 import trio.testing
 
 import pyerofs
-from pyerofs import aio, memory
+from pyerofs import aio
 from pyerofs.aio import AsyncImage
-from pyerofs.model import ENCODED, Inode
+from pyerofs.format import memory
+from pyerofs.format.model import ENCODED, Inode
 from pyerofs.sources import Buffer, MemorySource
 from pyerofs.sources.base import check_range
 from tests import handmade as hm

@@ -13,7 +13,7 @@ import pytest
 
 import pyerofs
 from pyerofs import Image
-from pyerofs.model import ENCODED, FRAGMENT
+from pyerofs.format.model import ENCODED, FRAGMENT
 from pyerofs.sources import MemorySource
 from tests.helpers import every_image, open_golden, primary
 from tests.manifests import Manifest, golden

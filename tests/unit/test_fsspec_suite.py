@@ -15,7 +15,7 @@ fsspec = pytest.importorskip("fsspec")
 
 from fsspec.tests.abstract import AbstractFixtures, AbstractGetTests  # noqa: E402  after that
 
-from pyerofs import ondisk  # noqa: E402
+from pyerofs.format import ondisk  # noqa: E402
 from pyerofs.fsspec import ErofsFileSystem  # noqa: E402
 from tests import handmade as hm  # noqa: E402
 

@@ -23,10 +23,10 @@ import lz4.block
 import pytest
 
 import pyerofs
-from pyerofs import ondisk
-from pyerofs.sources.concat import ConcatSource
-from pyerofs.sources.file import FileSource
-from pyerofs.sources.memory import MemorySource
+from pyerofs.format import ondisk
+from pyerofs.sources.local.buffer import MemorySource
+from pyerofs.sources.local.concat import ConcatSource
+from pyerofs.sources.local.file import FileSource
 from tests import handmade as hm
 from tests.helpers import entries_of
 from tests.manifests import differences, golden

@@ -11,7 +11,7 @@ import pytest
 
 import pyerofs
 from pyerofs import Image
-from pyerofs.model import Inode
+from pyerofs.format.model import Inode
 from pyerofs.sources import MemorySource
 from tests.helpers import SilentSource, entries_of, every_image, open_golden, primary
 from tests.manifests import Entries, Manifest, differences, entry, golden

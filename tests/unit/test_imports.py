@@ -2,180 +2,114 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PACKAGES = {
-    "pyerofs": ROOT / "pyerofs",
-    "pyerofs_fuse": ROOT / "fuse" / "pyerofs_fuse",
-    "pyerofs_nbd": ROOT / "nbd" / "pyerofs_nbd",
-}
+from tests.house import (
+    ORDER,
+    PACKAGES,
+    ROOT,
+    figure,
+    modules,
+    ours,
+    packages,
+    parting,
+    shown,
+)
 
-# From the ground up; a module may import those before it only.
-LAYERS = [
-    "errors",
-    "private",
-    "ondisk",
-    "recognise",
-    "streams",
-    "units",
-    "daemon",
-    "progress",
-    "model",
-    "sources",
-    "crc32c",
-    "decompress",
-    "memory",
-    "superblock",
-    "layout",
-    "volume",
-    "inode",
-    "zmap",
-    "extent",
-    "data",
-    "directory",
-    "xattr",
-    "tree",
-    "image",
-    "aio",
-    "prefetch",
-    "status",
-    "path",
-    "fsspec",
-    "cli",
-]
 HEAVY = ("trio", "lz4", "zstandard", "lzma", "isal", "httpx", "pyfuse3", "fsspec", "argparse")
-FAR = ("http", "auth", "transport", "registry", "remote", "cached", "unpack")
+FAR = (
+    "net.http",
+    "net.client",
+    "net.auth",
+    "net.transport",
+    "oci.registry",
+    "remote",
+    "cache.cached",
+    "oci.zstd_layer",
+)
 CODECS = {"lz4", "zstandard", "lzma", "isal", "zlib"}
-
-
-@dataclass
-class Module:
-    """What one module imports, by full names: when it is imported itself, and later."""
-
-    name: str
-    at_once: set[str] = field(default_factory=set)
-    later: set[str] = field(default_factory=set)
-
-    @property
-    def all(self) -> set[str]:
-        return self.at_once | self.later
-
-
-@cache
-def modules() -> dict[str, Module]:
-    """All modules of all packages that are there."""
-    found = {}
-    for package, folder in PACKAGES.items():
-        for path in sorted(folder.rglob("*.py")):
-            parts = [package, *path.relative_to(folder).with_suffix("").parts]
-            name = ".".join(parts).removesuffix(".__init__")
-            module = found[name] = Module(name)
-            _collect(ast.parse(path.read_text(), str(path)), module, at_once=True)
-    return found
-
-
-def _collect(node: ast.AST, module: Module, *, at_once: bool) -> None:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
-            continue
-        if isinstance(child, (ast.Import, ast.ImportFrom)):
-            (module.at_once if at_once else module.later).update(_names(child))
-        inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        _collect(child, module, at_once=at_once and not inside)
-
-
-def _names(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
-    if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names)
-        return
-    assert node.module is not None, "no relative imports"
-    assert node.level == 0, "no relative imports"
-    for alias in node.names:
-        full = f"{node.module}.{alias.name}"
-        yield full if _is_module(full) else node.module
-
-
-def _is_module(name: str) -> bool:
-    package, *rest = name.split(".")
-    path = PACKAGES.get(package, Path("/nowhere")).joinpath(*rest)
-    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
 def top(name: str) -> str:
     return name.partition(".")[0]
 
 
-def layer(name: str) -> str:
-    """``pyerofs.sources.file`` -> ``sources``."""
+def wing(name: str) -> str:
+    """``pyerofs.sources.local.file`` -> ``sources``."""
     return [*name.split("."), ""][1]
 
 
-def ours(names: set[str]) -> set[str]:
-    return {name for name in names if top(name) in PACKAGES}
+def knows_version(name: str) -> bool:
+    """Whether a module may import the package itself, for its ``__version__``."""
+    return name in ("pyerofs.cli.main", "pyerofs.sources.net.transport") or top(name) != "pyerofs"
 
 
-PARSER = [n for n in modules() if top(n) == "pyerofs" and layer(n) in LAYERS]
+@pytest.mark.parametrize("package", ORDER)
+def test_every_room_has_its_place(package: str) -> None:
+    if package:
+        below = {n for n in modules() if n.rpartition(".")[0] == package}
+        assert {n.rpartition(".")[2] for n in below} == set(ORDER[package])
+    assert packages() == set(ORDER)
 
 
-def test_every_module_has_its_place() -> None:
-    placed = {n for n in modules() if top(n) == "pyerofs"} - {"pyerofs", "pyerofs.__main__"}
-    assert {layer(n) for n in placed} == set(LAYERS)
-
-
-@pytest.mark.parametrize("name", PARSER)
+@pytest.mark.parametrize("name", list(modules()))
 def test_imports_go_down(name: str) -> None:
-    """Which also means: no cycles."""
-    mine = LAYERS.index(layer(name))
+    """Inside functions, too; so there are no circles."""
     for imported in ours(modules()[name].all):
-        if layer(imported) == layer(name) and layer(name) in ("sources", "cli"):
-            continue
+        package, mine, other = parting(name, imported)
         if imported == "pyerofs":
-            assert layer(name) == "cli" or name == "pyerofs.sources.transport", "for __version__"
-            continue
-        assert LAYERS.index(layer(imported)) < mine, f"{name} imports {imported}"
+            assert knows_version(name)
+        elif not mine:  # a package's own __init__, which hands on names
+            assert package == "pyerofs.sources"
+        elif other:  # else a package of mine, for names that it hands on
+            order = ORDER[package]
+            assert order.index(other) < order.index(mine), f"{name} imports {imported}"
 
 
-@pytest.mark.parametrize("name", ["pyerofs.errors", "pyerofs.ondisk"])
+def test_the_figure_in_the_docs_is_true() -> None:
+    assert shown() == figure(), "python -m tests.house writes it anew"
+
+
+@pytest.mark.parametrize("name", ["pyerofs.errors", "pyerofs.format.ondisk", "pyerofs.units"])
 def test_the_ground_stands_on_nothing(name: str) -> None:
     assert not ours(modules()[name].all)
 
 
 def test_the_model_knows_the_format_only() -> None:
-    assert ours(modules()["pyerofs.model"].all) == {"pyerofs.ondisk"}
+    assert ours(modules()["pyerofs.format.model"].all) == {"pyerofs.format.ondisk"}
 
 
-@pytest.mark.parametrize("name", [n for n in modules() if n.startswith("pyerofs.sources")])
-def test_sources_know_nothing_of_erofs(name: str) -> None:
+@pytest.mark.parametrize("name", [n for n in modules() if wing(n) in ("sources", "system")])
+def test_sources_and_system_know_nothing_of_erofs(name: str) -> None:
+    for imported in ours(modules()[name].all) - {"pyerofs"}:
+        assert wing(imported) in ("errors", "units", "system", wing(name))
+        assert wing(imported) != "sources" or wing(name) == "sources"
+
+
+@pytest.mark.parametrize("name", [n for n in modules() if wing(n) == "format"])
+def test_the_format_knows_the_contract_of_sources_and_nothing_of_the_machine(name: str) -> None:
     for imported in ours(modules()[name].all):
-        if imported == "pyerofs":
-            assert name == "pyerofs.sources.transport", "for __version__"
-            continue
-        assert layer(imported) in ("errors", "units", "private", "sources")
+        assert imported in ("pyerofs.errors", "pyerofs.sources.base") or wing(imported) == "format"
 
 
-def test_no_cycles_within_packages() -> None:
-    graph = {n: ours(m.at_once) & set(modules()) for n, m in modules().items()}
-    while leaves := [n for n, needs in graph.items() if not needs & set(graph)]:
-        for leaf in leaves:
-            del graph[leaf]
-    assert graph == {}
+@pytest.mark.parametrize("name", [n for n in modules() if top(n) == "pyerofs_nbd"])
+def test_a_network_block_device_is_just_bytes(name: str) -> None:
+    """What is known of EROFS there, ``images`` and ``prefetch`` know."""
+    for imported in ours(modules()[name].all):
+        assert wing(imported) not in ("format", "image", "aio", "path", "fsspec") or (
+            top(imported) != "pyerofs"
+        )
 
 
 @pytest.mark.parametrize("name", list(modules()))
 def test_who_may_know_trio(name: str) -> None:
     if any(top(n) == "trio" for n in modules()[name].all):
         assert (
-            name in ("pyerofs.aio", "pyerofs.prefetch", "pyerofs.status")
-            or layer(name) == "sources"
+            name in ("pyerofs.aio", "pyerofs.prefetch", "pyerofs.system.status")
+            or wing(name) == "sources"
             or top(name) != "pyerofs"
         )
 
@@ -184,7 +118,7 @@ def test_who_may_know_trio(name: str) -> None:
 def test_nobody_loads_httpx_before_it_is_needed(name: str) -> None:
     """What deals in HTTP imports it at once, and is imported later itself."""
     if "httpx" in {top(n) for n in modules()[name].all}:
-        assert layer(name) == "sources"
+        assert wing(name) == "sources"
     far = {f"pyerofs.sources.{n}" for n in FAR}
     if name not in far:
         assert not modules()[name].at_once & far
@@ -194,8 +128,11 @@ def test_nobody_loads_httpx_before_it_is_needed(name: str) -> None:
 def test_codecs_are_loaded_where_they_are_used(name: str) -> None:
     used = {top(n) for n in modules()[name].all} & CODECS
     # the cache's checksums, and layers that are compressed as a whole
-    others = {"pyerofs.sources.store": {"isal", "zlib"}, "pyerofs.sources.unpack": {"zstandard"}}
-    assert not used or name == "pyerofs.decompress" or used <= others.get(name, set())
+    others = {
+        "pyerofs.sources.cache.store": {"isal", "zlib"},
+        "pyerofs.sources.oci.zstd_layer": {"zstandard"},
+    }
+    assert not used or name == "pyerofs.format.codecs" or used <= others.get(name, set())
     assert not {top(n) for n in modules()[name].at_once} & (CODECS - {"zlib"})
 
 

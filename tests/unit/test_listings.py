@@ -9,11 +9,11 @@ import pytest
 pytest.importorskip("pyerofs_fuse")
 
 from pyerofs_fuse import listings
-from pyerofs_fuse.handles import Handles
 from pyerofs_fuse.listings import Listing, Listings, Row
+from pyerofs_fuse.processes.handles import Handles
 from pyfuse3 import EntryAttributes
 
-from pyerofs.model import Inode
+from pyerofs.format.model import Inode
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import pytest
 
 import pyerofs
 from pyerofs import Image
+from pyerofs.format.tree import MAX_SYMLINKS
 from pyerofs.sources import MemorySource
-from pyerofs.tree import MAX_SYMLINKS
 from tests import handmade as hm
 from tests.helpers import directory, handmade, symlink
 

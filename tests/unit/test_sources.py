@@ -28,9 +28,9 @@ from pyerofs.sources import (
     SliceSource,
     Source,
 )
-from pyerofs.sources.file import RWF_NOWAIT
+from pyerofs.sources.local.file import RWF_NOWAIT
+from pyerofs.sources.local.threaded import ThreadedSource
 from pyerofs.sources.open import open_source, open_sources
-from pyerofs.sources.threaded import ThreadedSource
 from tests import handmade as hm
 from tests.helpers import SilentSource, entries_of
 from tests.manifests import differences, golden

@@ -9,8 +9,9 @@ from uuid import UUID
 import pytest
 
 import pyerofs
-from pyerofs import Device, Superblock, ondisk, superblock
-from pyerofs.crc32c import crc32c
+from pyerofs import Device, Superblock
+from pyerofs.format import ondisk, superblock
+from pyerofs.format.crc32c import crc32c
 from pyerofs.sources import MemorySource
 from tests import handmade as hm
 from tests.helpers import every_image, handmade, open_golden, primary

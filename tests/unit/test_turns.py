@@ -20,8 +20,8 @@ pytest.importorskip("pyerofs_fuse")
 if not hasattr(os, "eventfd"):
     pytest.skip("no eventfd", allow_module_level=True)
 
-from pyerofs_fuse.handles import SLOTS, Handles
-from pyerofs_fuse.turns import ALONE_NS, HANDED_OVER_NS, SELECT_LIMIT, Turns
+from pyerofs_fuse.processes.handles import SLOTS, Handles
+from pyerofs_fuse.processes.turns import ALONE_NS, HANDED_OVER_NS, SELECT_LIMIT, Turns
 
 PATIENCE = 30.0  # seconds
 SHORT, LONG = ALONE_NS / 2, ALONE_NS * 2

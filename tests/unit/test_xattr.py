@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import pytest
 
 import pyerofs
-from pyerofs import Image, ondisk, xattr
+from pyerofs import Image
+from pyerofs.format import ondisk, xattr
+from pyerofs.format.xattr import filter_bit, xxh32
 from pyerofs.sources import MemorySource
-from pyerofs.xattr import filter_bit, xxh32
 from tests import handmade as hm
 from tests.helpers import every_image, handmade, open_golden
 from tests.manifests import Manifest, golden

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pyerofs import ondisk
-from pyerofs.crc32c import crc32c
+from pyerofs.format import ondisk
+from pyerofs.format.crc32c import crc32c
 from tests import handmade as hm
 from tests.manifests import Manifest, differences, entries_below, golden
 from tests.vm.tools import (

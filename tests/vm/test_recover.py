@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pyerofs_nbd.device import IO_TIMEOUT
+from pyerofs_nbd.devices.sysfs import IO_TIMEOUT
 
 from tests.manifests import IMAGES, differences, entries_below, golden
 from tests.vm.tools import (
@@ -344,7 +344,7 @@ def test_a_failed_takeover_leaves_the_old_one(tmp_path: Path) -> None:
 
 def test_half_a_takeover_is_none() -> None:
     """Who asked for it vanishes with the connections in hand."""
-    from pyerofs_nbd import control
+    from pyerofs_nbd.lifecycle import control
 
     device = attach(PLAIN)
     old = server_of(device)
@@ -368,8 +368,8 @@ def by_another_program(line: str, size: int) -> str:
     """A device as mount.erofs attaches it, its server dead already."""
     import socket
 
-    from pyerofs_nbd.device import modprobe
-    from pyerofs_nbd.netlink import Netlink, connect
+    from pyerofs_nbd.devices.netlink import Netlink, connect
+    from pyerofs_nbd.devices.sysfs import modprobe
 
     modprobe()
     where = Path("/run/erofsmount/nbd")

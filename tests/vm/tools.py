@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyerofs_nbd import cli, serving
+from pyerofs_nbd import cli
+from pyerofs_nbd.lifecycle import holder
 
 from tests.helpers import words
 from tests.manifests import Manifest
@@ -28,7 +29,7 @@ COMMAND = [sys.executable, "-m", "pyerofs_nbd"]
 
 NAME = b"pyerofs-nbd"
 NEWNS, NEWNET = 0x20000, 0x40000000  # linux/sched.h
-PRELOADED = serving  # so that forks need not load it
+PRELOADED = holder  # so that forks need not load it
 
 Word = str | Path
 

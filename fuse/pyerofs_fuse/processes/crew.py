@@ -1,0 +1,97 @@
+"""The processes that serve one mount, each with an interpreter of its own.
+
+They are forked once the kernel has said hello: libfuse's session then is the same in all of them.
+The first one, the captain, made the mount, minds signals and ends it; the others only answer
+requests.  If any of them dies, whoever waits for its answers would wait for ever; so then the mount
+ends, and the kernel gives them an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from contextlib import suppress
+
+import trio
+
+from pyerofs.system.daemon import STOPS, heeded
+from pyerofs.system.libc import signal_when_parent_dies
+from pyerofs_fuse.processes.handles import Handles
+from pyerofs_fuse.processes.turns import Turns
+
+log = logging.getLogger("pyerofs-fuse")
+
+SIGNALS = heeded(*STOPS)
+
+
+class Crew:
+    """The processes of one mount, as the captain sees them."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.turns = Turns(size)
+        self.handles = Handles(size)
+        self._others: dict[int, int] = {}  # process id -> a pipe whose other end is open in it
+
+    def fork(self) -> bool:
+        """Become so many processes, or as many as may be.  False in all but the captain, who minds
+        signals; the others ignore them."""
+        captain = os.getpid()
+        for number in range(1, self.size):
+            ours, theirs = os.pipe()
+            try:
+                child = os.fork()
+            except OSError as e:
+                log.warning("served by %d processes, not %d: %s", number, self.size, e.strerror)
+                os.close(ours)
+                os.close(theirs)
+                break
+            if not child:
+                os.close(ours)
+                self.handles.me = number
+                self._enlist(captain)
+                return False
+            os.close(theirs)
+            self._others[child] = ours
+        self.turns.mine = True
+        return True
+
+    def _enlist(self, captain: int) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal_when_parent_dies(signal.SIGKILL)
+        if os.getppid() != captain:  # it has died before it could be said
+            os._exit(1)
+        self.turns.mine = False
+        for fd in self._others.values():
+            os.close(fd)
+        self._others = {}
+
+    async def death(self) -> None:
+        """Return as soon as another process has died of anything but the mount's end."""
+        died = trio.Event()
+
+        async def mind(child: int, fd: int) -> None:
+            await trio.lowlevel.wait_readable(fd)
+            _, status = os.waitpid(child, 0)  # noqa: ASYNC222 (it has closed all files: it is ending)
+            os.close(self._others.pop(child))
+            if status:
+                log.error("process %d, which served the mount, died (status %#x)", child, status)
+                died.set()
+
+        async with trio.open_nursery() as nursery:
+            for child, fd in self._others.items():
+                nursery.start_soon(mind, child, fd)
+            await died.wait()
+            nursery.cancel_scope.cancel()
+
+    def end(self) -> None:
+        """End the other processes."""
+        for child, fd in self._others.items():
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            os.close(fd)
+        self._others = {}

@@ -1,0 +1,1 @@
+"""The kernel's nbd devices: its driver, what sysfs shows, recovery files, mount(2)."""

@@ -1,0 +1,1 @@
+"""Devices from the first attachment to the last detachment: holding, reattaching, supervising."""

@@ -1,0 +1,384 @@
+"""Attach a source to a device of the kernel, and mount it; or undo whatever was done.
+
+The process that attaches does everything but serving: should its mount hang because the server has
+died, the server's sockets are closed all the same, and the kernel notices.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pyerofs.system.daemon import STOPS, heeded
+from pyerofs_nbd.devices import recovery, sysfs
+from pyerofs_nbd.devices.driver import BLOCK_SIZE, check_privilege, disconnect, driver, explain
+from pyerofs_nbd.devices.mounting import mount, unmount
+from pyerofs_nbd.devices.netlink import DISCONNECT_ON_CLOSE, Netlink, connect, reconfigure
+from pyerofs_nbd.errors import NbdError
+from pyerofs_nbd.lifecycle import control
+
+if TYPE_CHECKING:
+    from pyerofs_nbd.devices.recovery import Record
+    from pyerofs_nbd.lifecycle.job import Job
+
+ENDS_IN = 10.0  # seconds that a server may take to end before it is killed
+# ms, see sysfs.IO_TIMEOUT: the new server is there after 0.1 s, and the kernel's timer is up to a
+# second late, so that a death costs readers one second on average.  Each request that takes longer
+# is a line in the kernel's log
+SUPERVISED_TIMEOUT = 500
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How servers are to run, in all modes."""
+
+    foreground: bool = False
+    verbose: bool = False
+    log_file: str | None = None
+    supervise: bool = False
+
+    @property
+    def io_timeout(self) -> int:
+        return SUPERVISED_TIMEOUT if self.supervise else sysfs.IO_TIMEOUT
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be attached, and how.  ``record`` is the pattern of the recovery files."""
+
+    record: Record
+    behaviour: Behaviour
+    mount_words: tuple[str, ...] = ()
+    wanted: int | None = None
+    ioctl: bool = False
+    dead_timeout: int = 3600
+
+
+@dataclass
+class Attached:
+    """Devices that are attached together, in order; the first is the one to mount."""
+
+    indices: list[int]
+    paths: list[str]  # their recovery files; [] where there are none
+    child: Child
+
+
+class Child:
+    """A server, as its parent sees it."""
+
+    def __init__(self, pid: int, channel: socket.socket) -> None:
+        self.pid = pid
+        self.channel = channel
+        self._status: int | None = None
+
+    def expect(self, what: str) -> control.Packet:
+        """Wait for a packet.  Raises NbdError where the server fails instead."""
+        packet = self._receive()
+        if packet is not None and what in packet:
+            return packet
+        if packet is not None and "error" in packet:
+            raise NbdError(str(packet["error"]))
+        raise NbdError(f"the server ended unexpectedly (status {self.wait():#x})")
+
+    def _receive(self) -> control.Packet | None:
+        try:
+            return control.receive(self.channel)[0]
+        except OSError:
+            return None
+
+    def send(self, packet: control.Packet, fds: Sequence[int] = ()) -> None:
+        """Raises NbdError where the server is no more."""
+        try:
+            control.send(self.channel, packet, fds)
+        except OSError:
+            self.expect("nothing")
+
+    def wait(self) -> int:
+        """Wait for its end; returns the status that waitpid gives."""
+        if self._status is None:
+            self._status = os.waitpid(self.pid, 0)[1]
+        return self._status
+
+    def exited(self) -> bool:
+        """Whether it has ended."""
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if not pid:
+                return False
+            self._status = status
+        return True
+
+    def stop(self) -> None:
+        """End it: by hanging up, which makes it undo what it did, or by force."""
+        self.channel.close()
+        end = time.monotonic() + ENDS_IN
+        while not self.exited():
+            if time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
+                self.wait()
+                return
+            time.sleep(0.01)
+
+
+def start(job: Job) -> Child:
+    """Start a server; descriptors of ``job.keep`` are its own from then on."""
+    ours, theirs = control.pair()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if not pid:
+        _serve(job, ours, theirs)
+    theirs.close()
+    for fd in job.keep:
+        os.close(fd)
+    job.keep = []
+    return Child(pid, ours)
+
+
+def _serve(job: Job, ours: socket.socket, theirs: socket.socket) -> NoReturn:
+    try:
+        ours.close()
+        for number in heeded(*STOPS):
+            signal.signal(number, signal.SIG_DFL)
+        from pyerofs_nbd.lifecycle import holder
+
+        holder.run(job, theirs)
+    except BaseException as e:
+        control.send(theirs, {"error": f"can't start a server: {e}"})
+    finally:
+        os._exit(1)
+
+
+def attach(plan: Plan) -> Attached:
+    """Attach, mount if that is wanted, and leave a server.  Raises NbdError, with nothing left."""
+    from pyerofs_nbd.lifecycle.job import Job
+
+    where = plan.record.mountpoint
+    if where is not None:
+        _check_mountpoint(where)
+    with ExitStack() as undo:
+        netlink = None if plan.ioctl else undo.enter_context(driver())
+        if plan.ioctl:
+            check_privilege()
+            sysfs.modprobe()
+        recoverable = netlink is not None and netlink.has_identifiers
+        if recoverable:
+            recovery.directory(make=True)
+            recovery.collect()
+        elif plan.behaviour.supervise:
+            raise NbdError(
+                "--supervise: this kernel's nbd driver (before Linux 5.14) keeps no identifiers,"
+                " so a dead server can't be replaced"
+            )
+        name = recovery.token()
+        if recoverable:
+            undo.callback(_remove, name, plan.record)
+        behaviour = plan.behaviour
+        child = start(
+            Job(
+                plan.record,
+                name=name,
+                ioctl=plan.ioctl,
+                recoverable=recoverable,
+                wanted=plan.wanted,
+                foreground=behaviour.foreground,
+                verbose=behaviour.verbose,
+                log_file=behaviour.log_file,
+            )
+        )
+        undo.callback(child.stop)
+        ready = child.expect("ready")
+        found = Attached([], [p["path"] for p in ready["ready"] if p["path"]], child)
+        if netlink is None:
+            found.indices += ready["attached"]
+            for index in found.indices:
+                undo.callback(_disconnect, index, None)
+            child.send({"attached": found.indices})
+        else:
+            _connect(netlink, plan, ready["ready"], found, undo)
+        child.expect("serving")
+        for index in found.indices:
+            sysfs.check_node(index)
+        watched(child, lambda: _configure(found.indices, behaviour.io_timeout), found)
+        if where is not None:
+            undo.callback(_unmount, where, found.indices[0])
+            words = list(plan.mount_words)
+            words += [f"device={sysfs.node(i)}" for i in found.indices[1:]]
+            watched(child, lambda: mount(sysfs.node(found.indices[0]), where, words), found)
+            if netlink is not None:
+                _end_with_mount(netlink, found)
+        undo.pop_all()
+        if netlink is not None:
+            netlink.close()
+    return found
+
+
+def _check_mountpoint(where: str) -> None:
+    try:
+        os.close(os.open(where, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError as e:
+        raise NbdError(f"{where}: {e.strerror}") from None
+
+
+def _remove(name: str, record: Record) -> None:
+    for part in range(1 + len(record.source.devices)):
+        recovery.remove(recovery.path_of(name, part))
+
+
+def _connect(
+    netlink: Netlink,
+    plan: Plan,
+    parts: list[dict[str, Any]],
+    found: Attached,
+    undo: ExitStack,
+) -> None:
+    """Give each part a device, and the server the connections."""
+    if plan.wanted is not None and len(parts) > 1:
+        raise NbdError(f"--nbd-device: the image needs {len(parts)} devices; let them be chosen")
+    with ExitStack() as ends:
+        fds = []
+        for part in parts:
+            ours, theirs = socket.socketpair()
+            ends.enter_context(ours)
+            with theirs:
+                body = connect(
+                    part["size"],
+                    [theirs.fileno()],
+                    block_size=BLOCK_SIZE,
+                    dead_timeout=plan.dead_timeout,
+                    identifier=part["path"],
+                    index=plan.wanted,
+                )
+                try:
+                    index = netlink.connect(body)
+                except OSError as e:
+                    if plan.wanted is not None and not isinstance(e, TimeoutError):
+                        raise _why_not(plan.wanted, e) from None
+                    raise explain(e) from None
+            undo.callback(_disconnect, index, part["path"])
+            found.indices.append(index)
+            fds.append(ours.fileno())
+        found.child.send({"attached": found.indices}, fds)
+
+
+def _why_not(wanted: int, e: OSError) -> NbdError:
+    if sysfs.attached(wanted):
+        return NbdError(f"{sysfs.node(wanted)}: is in use")
+    return NbdError(f"{sysfs.node(wanted)}: {explain(e)}")
+
+
+def _configure(indices: Sequence[int], io_timeout: int) -> None:
+    for index in indices:
+        sysfs.configure(index, io_timeout=io_timeout)
+
+
+def _end_with_mount(netlink: Netlink, found: Attached) -> None:
+    """From now on the last one to close a device disconnects it.  (Before the mount, anybody who
+    only looked at it would have.)"""
+    for index, path in zip(found.indices, _identifiers(found), strict=True):
+        try:
+            netlink.reconfigure(
+                reconfigure(index, identifier=path, client_flags=DISCONNECT_ON_CLOSE)
+            )
+        except OSError as e:
+            raise explain(e) from None
+
+
+def _identifiers(found: Attached) -> Sequence[str | None]:
+    return found.paths or [None] * len(found.indices)
+
+
+def _disconnect(index: int, path: str | None) -> None:
+    _cut_off(index, path)
+    sysfs.wait_gone(index, path)
+
+
+def _cut_off(index: int, path: str | None) -> None:
+    """Disconnect a device.  It stays, without content, as long as somebody has it open."""
+    try:
+        if sysfs.attached(index) and (path is None or sysfs.backend(index) == path):
+            disconnect(index)
+    except OSError:
+        pass  # gone
+
+
+def _unmount(where: str, index: int) -> None:
+    while sysfs.mounted_at(where) == index:
+        try:
+            unmount(where)
+        except OSError:
+            return
+
+
+def watched(child: Child, action: Callable[[], None], found: Attached) -> None:
+    """Do something that needs the server, but don't wait for ever when it ends meanwhile."""
+    failure: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            action()
+        except BaseException as e:
+            failure.append(e)
+        finally:
+            os.close(done)
+
+    wait, done = os.pipe()
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    try:
+        ready = select.select([wait, child.channel.fileno()], [], [])[0]
+        if wait not in ready:
+            child.expect("nothing")
+    except BaseException:
+        # what hangs fails then; should it be a mount and succeed, then its device can't go yet
+        for index, path in zip(found.indices, _identifiers(found), strict=True):
+            _cut_off(index, path)
+        thread.join(ENDS_IN)
+        raise
+    finally:
+        os.close(wait)
+    thread.join()
+    if failure:
+        raise failure[0]
+
+
+# --- afterwards -----------------------------------------------------------------------------
+
+
+def settle(found: Attached, behaviour: Behaviour) -> None:
+    """Tell the server that all is well.  In the foreground it goes on having a parent."""
+    found.child.send({"live": True, "stay": behaviour.foreground or behaviour.supervise})
+
+
+def stay(found: Attached) -> int:
+    """Wait for the server's end, handing on signals to stop; returns the exit status."""
+
+    def forward(number: int, _: object) -> None:
+        if not found.child.exited():
+            os.kill(found.child.pid, number)
+
+    for number in heeded(*STOPS):
+        signal.signal(number, forward)
+    return outcome(found, found.child.wait())
+
+
+def outcome(found: Attached, status: int) -> int:
+    """What the end of a server means for the exit status.  Raises NbdError."""
+    from pyerofs_nbd.lifecycle.job import HANDED_OVER
+
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) in (0, HANDED_OVER):
+        return 0
+    names = " ".join(sysfs.node(i) for i in found.indices)
+    raise NbdError(
+        f"the server of {names} has ended (status {status:#x});"
+        f" pyerofs-nbd --reattach {sysfs.node(found.indices[0])}"
+    )

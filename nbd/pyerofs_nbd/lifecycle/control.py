@@ -1,0 +1,106 @@
+"""Talking to a running server: packets of JSON over a unix socket, with descriptors where needed.
+
+The same packets go between the process that attaches and the server it has started.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from pyerofs_nbd.errors import NbdError
+
+MAX_PACKET = 1 << 16
+MAX_FDS = 250
+PATIENCE = 5.0  # seconds for an answer to a question that takes no time
+
+Packet = dict[str, Any]
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """The two ends of a channel that keeps packets apart."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def send(channel: socket.socket, packet: Packet, fds: Sequence[int] = ()) -> None:
+    """Raises OSError where nobody is there any more."""
+    extra = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    channel.sendmsg([json.dumps(packet).encode()], extra)
+
+
+def receive(channel: socket.socket) -> tuple[Packet | None, list[int]]:
+    """A packet, None at the end, and the descriptors that came with it (close-on-exec).
+
+    Raises OSError."""
+    room = socket.CMSG_SPACE(MAX_FDS * 4)
+    data, extra, _, _ = channel.recvmsg(MAX_PACKET, room, socket.MSG_CMSG_CLOEXEC)
+    return decode(data, extra)
+
+
+def decode(data: bytes, extra: list[tuple[int, int, bytes]]) -> tuple[Packet | None, list[int]]:
+    """What recvmsg returned.  A packet that makes no sense is an empty one."""
+    fds = array.array("i")
+    for level, kind, value in extra:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(value[: len(value) - len(value) % fds.itemsize])
+    if not data:
+        return None, list(fds)
+    try:
+        packet = json.loads(data)
+    except ValueError:
+        packet = {}
+    return packet if isinstance(packet, dict) else {}, list(fds)
+
+
+def dial(path: str) -> socket.socket:
+    """Connect to a server's socket, however long its path.  Raises NbdError."""
+    where, name = os.path.split(path)
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        fd = os.open(where, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            channel.connect(f"/proc/self/fd/{fd}/{name}")
+        finally:
+            os.close(fd)
+    except OSError as e:
+        channel.close()
+        raise NbdError(f"{path}: {e.strerror}") from None
+    channel.settimeout(PATIENCE)
+    return channel
+
+
+def listen(path: str) -> socket.socket:
+    """Listen there, in place of whoever did before.  Raises OSError."""
+    where, name = os.path.split(path)
+    scratch = f".{os.getpid()}.new"
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    fd = os.open(where, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            os.unlink(scratch, dir_fd=fd)
+        except FileNotFoundError:
+            pass
+        channel.bind(f"/proc/self/fd/{fd}/{scratch}")
+        os.chmod(scratch, 0o600, dir_fd=fd)
+        channel.listen(8)
+        os.rename(scratch, name, src_dir_fd=fd, dst_dir_fd=fd)
+    except BaseException:
+        channel.close()
+        raise
+    finally:
+        os.close(fd)
+    return channel
+
+
+def ask(path: str, packet: Packet) -> Packet | None:
+    """One question and its answer; None where nobody answers."""
+    try:
+        with dial(path) as channel:
+            send(channel, packet)
+            return receive(channel)[0]
+    except (NbdError, OSError):
+        return None

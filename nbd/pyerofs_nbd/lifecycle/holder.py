@@ -1,0 +1,468 @@
+"""The server of attached devices: a process of its own, started by the one that attaches.
+
+It opens the sources, checks or writes the recovery files, says that it is ready, gets the sockets,
+and serves them until the devices are gone.  Until it is told that all is well it undoes everything
+when the other one vanishes.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import NoReturn
+
+import trio
+
+from pyerofs.errors import ErofsError, one_line
+from pyerofs.images import flat
+from pyerofs.sources.base import AsyncSource
+from pyerofs.sources.open import open_async, pinned_spec
+from pyerofs.system.daemon import STOPS, heeded, start_logging
+from pyerofs.system.libc import signal_when_parent_dies
+from pyerofs_nbd.devices import recovery, sysfs
+from pyerofs_nbd.devices.driver import disconnect, reconnect
+from pyerofs_nbd.devices.mounting import mounts_flat, unmount
+from pyerofs_nbd.devices.recovery import HEAD, Record
+from pyerofs_nbd.errors import NbdError, sole_cause
+from pyerofs_nbd.lifecycle import control
+from pyerofs_nbd.lifecycle.job import HANDED_OVER, Job, Part
+from pyerofs_nbd.server.exports import Export, Server
+
+log = logging.getLogger("pyerofs-nbd")
+
+TAKING = 30.0  # seconds that another process may take to confirm that it has taken over
+GRACE = 5.0  # seconds for replies when the process ends
+SERVER_NAME = "pyerofs-nbd"
+ORPHANED = signal.SIGUSR1  # the thread that has started us is no more
+LAST_WORDS = 0.5  # seconds to hear what it said before
+
+
+def run(job: Job, channel: socket.socket) -> NoReturn:
+    """The life of the process, just forked.  Never returns."""
+    status = 1
+    try:
+        _settle(job, channel)
+        status = trio.run(_Devices(job, channel).run)
+    except BaseException as e:
+        reason = sole_cause(e)
+        if isinstance(reason, (ErofsError, NbdError)):
+            _tell(channel, str(reason))
+        elif not isinstance(reason, _Abandoned):
+            log.critical("ended by a mistake of ours", exc_info=e)
+            _tell(channel, f"the server ended unexpectedly ({type(reason).__name__}: {reason})")
+    finally:
+        logging.shutdown()
+        os._exit(status)
+
+
+class _Abandoned(Exception):
+    """The one who attaches has vanished or failed; there is nobody to be told."""
+
+
+def _tell(channel: socket.socket, message: str) -> None:
+    try:
+        control.send(channel, {"error": one_line(message)})
+    except OSError:
+        log.error("%s", message)
+
+
+def _settle(job: Job, channel: socket.socket) -> None:
+    """Become a daemon: own session, nothing inherited that is not needed."""
+    os.setsid()
+    os.chdir("/")
+    os.umask(0o077)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    keep = {0, 1, 2, channel.fileno(), *job.keep}
+    for fd in [int(name) for name in os.listdir("/proc/self/fd")]:
+        if fd not in keep:
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # the listing's own
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in (0,) if job.foreground else (0, 1, 2):
+        os.dup2(null, fd)
+    logging.root.handlers.clear()
+    log_file = None if job.foreground else job.log_file
+    start_logging(SERVER_NAME, foreground=job.foreground, debug=int(job.verbose), log_file=log_file)
+
+
+class _Devices:
+    """The devices of one server."""
+
+    def __init__(self, job: Job, channel: socket.socket) -> None:
+        self._job = job
+        self._channel: socket.socket | None = channel
+        self._parts: list[Part] = []
+        self._exports: list[Export] = []
+        self._sources: list[AsyncSource] = []
+        self._server: Server
+        self._over = trio.Event()  # set when a pass of serving has come to its end
+        self._decided = trio.Event()  # set when it is known whether somebody takes over
+        self._handing = False
+        self._taken = False
+        self._ending = False
+        self._orphaned = trio.Event()
+        self._scope = trio.CancelScope()
+        self._listener: socket.socket | None = None
+        self._control_path = ""
+
+    async def run(self) -> int:
+        """Returns the exit status."""
+        stops = heeded(*STOPS)
+        with trio.open_signal_receiver(*stops, ORPHANED) as signals:
+            signal_when_parent_dies(ORPHANED)
+            async with trio.open_nursery() as background:
+                try:
+                    await self._open(background)
+                    async with trio.open_nursery() as nursery:
+                        await self._start(nursery, signals)
+                        await self._serve(nursery)
+                        nursery.cancel_scope.cancel()
+                finally:
+                    background.cancel_scope.cancel()
+                    self._clean()
+                    with trio.CancelScope(shield=True):
+                        for source in self._sources:
+                            await source.aclose()
+        return HANDED_OVER if self._taken else 0
+
+    # --- start --------------------------------------------------------------------------------
+
+    async def _open(self, background: trio.Nursery) -> None:
+        job = self._job
+        spec, access = job.record.source, job.record.access
+        self._sources = await open_async(spec, access, background)
+        if spec.is_remote and access.prefetch == "metadata":
+            from pyerofs.prefetch import prefetch_metadata_of
+
+            background.start_soon(prefetch_metadata_of, self._sources)
+        devices: Sequence[AsyncSource] = self._sources
+        is_flat = job.record.flat
+        may_be_flat = (job.record.mountpoint is None or mounts_flat()) if job.new else is_flat
+        if len(devices) > 1 and may_be_flat:
+            combined = await flat.combine(devices)
+            is_flat = combined is not None
+            devices = [combined] if combined is not None else devices
+        spec = pinned_spec(spec, self._sources)
+        prints = [await _fingerprint(source) for source in devices]
+        if job.known is None:
+            for i, found in enumerate(prints):
+                record = replace(
+                    job.record, source=spec, fingerprint=found, part=i, flat=is_flat,
+                    mountpoint=None if i else job.record.mountpoint,
+                )  # fmt: skip
+                path = recovery.path_of(job.name, i) if job.recoverable else None
+                part = Part(path, record)
+                self._parts.append(part)
+                if part.path is not None:
+                    part.lock = recovery.write(part.path, record)
+        else:
+            self._parts = job.known
+            for part in self._parts:
+                if part.record.part >= len(prints):
+                    raise NbdError(f"{part.path}: names a part of the image that is not there")
+                _compare(part.record, prints[part.record.part], devices[part.record.part])
+        for part in self._parts:
+            source = flat.whole(devices[part.record.part])
+            self._exports.append(Export(part.path or str(part.record.part), source))
+        self._server = Server(self._exports)
+
+    async def _start(self, nursery: trio.Nursery, signals: AsyncIterator[int]) -> None:
+        if self._job.ioctl:
+            await self._attach_by_ioctl()
+        await self._say(
+            {
+                "ready": [{"path": p.path, "size": e.source.size} for p, e in self._both()],
+                "attached": [p.index for p in self._parts],
+            }
+        )
+        packet, fds = await self._hear()
+        if packet is None or "attached" not in packet:
+            await self._undo()
+            raise _Abandoned
+        for part, index in zip(self._parts, packet["attached"], strict=True):
+            part.index = index
+        if not self._job.ioctl:
+            connections, locks = fds[: len(self._parts)], fds[len(self._parts) :]
+            for part, fd in zip(self._parts, connections, strict=True):
+                part.connection = socket.socket(fileno=fd)
+            if self._job.takeover:
+                for part, fd in zip(self._parts, locks, strict=True):
+                    part.lock = fd
+        self._listen(nursery)
+        nursery.start_soon(self._settle_in)
+        nursery.start_soon(self._stop_on, signals)
+        await self._say({"serving": True})
+
+    def _both(self) -> list[tuple[Part, Export]]:
+        return list(zip(self._parts, self._exports, strict=True))
+
+    async def _say(self, packet: control.Packet) -> None:
+        assert self._channel is not None
+        try:
+            control.send(self._channel, packet)
+        except OSError:
+            pass  # it vanished: the next one to listen finds out
+        await trio.lowlevel.checkpoint()
+
+    async def _hear(self) -> tuple[control.Packet | None, list[int]]:
+        assert self._channel is not None
+        await trio.lowlevel.wait_readable(self._channel)
+        try:
+            return control.receive(self._channel)
+        except OSError:
+            return None, []
+
+    async def _settle_in(self) -> None:
+        """Wait to be told that all is well; undo everything where that never comes."""
+        packet = await self._last_word()
+        if packet is None or "live" not in packet:
+            await self._undo()
+            if self._job.new:  # replies that are still under way are for nobody
+                self._ending = True
+                self._scope.cancel()
+            return
+        log.info("serving %s", ", ".join(sysfs.node(p.index) for p in self._parts))
+        if not packet.get("stay"):
+            assert self._channel is not None
+            self._channel.close()
+            self._channel = None
+
+    async def _last_word(self) -> control.Packet | None:
+        """What the other process says at last; None where it ends before.
+
+        When it is killed while a thread of it hangs in mount(2), it neither ends nor hangs up until
+        that is over, which waits for us; but its other thread does end."""
+        packet = None
+        async with trio.open_nursery() as nursery:
+
+            async def give_up() -> None:
+                await self._orphaned.wait()
+                await trio.sleep(LAST_WORDS)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(give_up)
+            packet, _ = await self._hear()
+            nursery.cancel_scope.cancel()
+        return packet
+
+    async def _undo(self) -> None:
+        """The one who attached has vanished halfway."""
+        if not self._job.new:
+            return
+        for part in self._parts:
+            indices = [part.index] if part.index >= 0 else []
+            if part.path is not None and not indices:
+                indices = sysfs.owned_by(part.path)
+            for index in indices:
+                await self._release_device(index, even_busy=True)
+
+    async def _attach_by_ioctl(self) -> None:
+        from pyerofs_nbd.devices import ioctl
+
+        for part, export in self._both():
+            ours, theirs = socket.socketpair()
+            part.connection = ours
+            part.index = await trio.to_thread.run_sync(
+                ioctl.attach, theirs, export.source.size, self._job.wanted
+            )
+
+    # --- serving ------------------------------------------------------------------------------
+
+    async def _serve(self, nursery: trio.Nursery) -> None:
+        """Serve until all devices are gone, or somebody has taken them over."""
+        while True:
+            async with trio.open_nursery() as serving:
+                self._scope = serving.cancel_scope
+                for part, export in self._both():
+                    if part.connection is not None:
+                        serving.start_soon(self._serve_one, part, export)
+            if self._ending or all(part.connection is None for part in self._parts):
+                return
+            self._over.set()
+            await self._decided.wait()
+            if self._taken:
+                return
+            statistics = self._server.statistics
+            self._server = Server(self._exports)
+            self._server.statistics = statistics
+
+    async def _serve_one(self, part: Part, export: Export) -> None:
+        while part.connection is not None:
+            ended = await self._server.serve_transmission(part.connection, export)
+            if not ended and self._server.releasing:
+                return
+            part.connection.close()
+            part.connection = None
+            if not ended and part.path is not None:
+                part.connection = await self._connect_again(part, part.path)
+        if part.path is not None:
+            recovery.remove(part.path)
+        log.info("%s is disconnected", sysfs.node(part.index))
+        if self._job.ioctl:  # nothing but us knows which devices carry the same image
+            for other in self._parts:
+                if other.connection is not None:
+                    await self._release_device(other.index, even_busy=True)
+
+    async def _connect_again(self, part: Part, path: str) -> socket.socket | None:
+        """The kernel has dropped a connection, and the device may still be there."""
+        while sysfs.attached(part.index) and sysfs.backend(part.index) == path:
+            try:
+                found = await trio.to_thread.run_sync(reconnect, part.index, path, 5.0)
+            except OSError as e:
+                log.error("%s: can't connect again: %s", sysfs.node(part.index), e.strerror)
+                found = None
+            if found is not None:
+                log.warning("%s: connected again", sysfs.node(part.index))
+                return found
+            await trio.sleep(1)
+        return None
+
+    def _clean(self) -> None:
+        """Remove the traces; those of devices that are still there stay, for recovery."""
+        for part in self._parts:
+            if part.path is not None and not self._taken and not sysfs.owned_by(part.path):
+                recovery.remove(part.path)
+        if self._listener is not None:
+            if not self._taken:
+                recovery.remove(self._control_path)
+            self._listener.close()
+
+    async def _stop_on(self, signals: AsyncIterator[int]) -> None:
+        async for number in signals:
+            if number == ORPHANED:
+                self._orphaned.set()
+                continue
+            log.info("asked to stop by signal %d", number)
+            for part in self._parts:
+                if part.connection is not None and not await self._release_device(part.index):
+                    break  # the others carry the same image
+
+    async def _release_device(self, index: int, *, even_busy: bool = False) -> bool:
+        """Unmount and disconnect a device; while it is in use, only say so (unless ``even_busy``).
+
+        Whether that was possible."""
+
+        def release() -> None:
+            for mount in sysfs.mounts_of(index):
+                unmount(mount.where)
+            if sysfs.in_use(index) and not even_busy:
+                raise OSError(errno.EBUSY, "")
+            if sysfs.attached(index):
+                disconnect(index)
+
+        try:
+            await trio.to_thread.run_sync(release)
+        except OSError as e:
+            reason = "in use; unmount it first" if e.errno == errno.EBUSY else e.strerror
+            log.warning("%s: not stopped: %s", sysfs.node(index), reason)
+            return False
+        return True
+
+    # --- questions from outside ---------------------------------------------------------------
+
+    def _listen(self, nursery: trio.Nursery) -> None:
+        first = self._parts[0].path
+        if first is None:
+            return
+        try:
+            self._control_path = recovery.control_path(first)
+            self._listener = control.listen(self._control_path)
+        except OSError as e:
+            log.warning("can't be asked or taken over: %s", e.strerror)
+            return
+        nursery.start_soon(self._accept, nursery)
+
+    async def _accept(self, nursery: trio.Nursery) -> None:
+        assert self._listener is not None
+        self._listener.setblocking(False)
+        while True:
+            await trio.lowlevel.wait_readable(self._listener)
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                await trio.sleep(0.1)
+                continue
+            nursery.start_soon(self._answer, client)
+
+    async def _answer(self, client: socket.socket) -> None:
+        client.setblocking(False)
+        with client, trio.move_on_after(TAKING):
+            try:
+                await trio.lowlevel.wait_readable(client)
+                packet, fds = control.receive(client)
+                for fd in fds:
+                    os.close(fd)
+                if packet is None or _uid_of(client) not in (0, os.geteuid()):
+                    return
+                if packet.get("ask") == "status":
+                    control.send(client, self._status())
+                elif packet.get("ask") == "takeover" and not self._handing:
+                    await self._hand_over(client)
+            except OSError:
+                pass  # it has gone
+
+    def _status(self) -> control.Packet:
+        found = self._server.statistics
+        states = [source.status() for source in self._sources]
+        fetched = [n for s in states if (n := s.get("fetched")) is not None]
+        verified = [v for s in states if (v := s.get("verified")) is not None]
+        return {
+            "pid": os.getpid(),
+            "requests": found.requests,
+            "bytes": found.bytes,
+            "failures": found.failures,
+            "fetched": sum(fetched) if fetched else None,
+            "verified": all(verified) if verified else None,
+        }
+
+    async def _hand_over(self, client: socket.socket) -> None:
+        """Give everything to another process; go on serving where that does not take it."""
+        self._over, self._decided = trio.Event(), trio.Event()
+        self._handing = True
+        try:
+            self._server.release()
+            await self._over.wait()
+            parts = [p for p in self._parts if p.connection is not None]
+            fds = [p.connection.fileno() for p in parts if p.connection is not None]
+            fds += [p.lock for p in parts]
+            control.send(client, {"devices": [[p.index, p.path] for p in parts]}, fds)
+            await trio.lowlevel.wait_readable(client)
+            packet, _ = control.receive(client)
+            self._taken = packet is not None and "taken" in packet
+        finally:
+            self._handing = False
+            self._decided.set()
+
+
+def _uid_of(client: socket.socket) -> int:
+    found = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int.from_bytes(found[4:8], sys.byteorder)
+
+
+async def _fingerprint(source: AsyncSource) -> recovery.Fingerprint:
+    if not source.size:
+        raise NbdError(f"{source.name}: is empty")
+    return recovery.fingerprint(source.size, bytes(await source.read_at(0, min(HEAD, source.size))))
+
+
+def _compare(record: Record, found: recovery.Fingerprint, source: AsyncSource) -> None:
+    """Raise NbdError where a source is not what the device showed before."""
+    wanted = record.fingerprint
+    if wanted is None or wanted == found:
+        return
+    if wanted.size != found.size:
+        what = f"has {found.size} bytes now, not {wanted.size}"
+    else:
+        what = "begins with other bytes now"
+    raise NbdError(
+        f"{source.name}: {what}, so it is not what the device showed; nothing was changed"
+    )

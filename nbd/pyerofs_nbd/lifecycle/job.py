@@ -1,0 +1,45 @@
+"""What a server of devices is told when it is started.  Light: its parent has no event loop."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field
+
+from pyerofs_nbd.devices.recovery import Record
+
+HANDED_OVER = 3  # exit status: another process serves the devices now
+
+
+@dataclass
+class Part:
+    """One of the devices that are attached together."""
+
+    path: str | None  # of its recovery file; None where there is none (ioctl)
+    record: Record
+    lock: int = -1  # a descriptor that holds the file's lock
+    index: int = -1
+    connection: socket.socket | None = None
+
+
+@dataclass
+class Job:
+    """What a server is started for.
+
+    ``known``: the parts of devices that are there already, in order of their recovery files; None
+    for new devices, for which ``record`` is the pattern and ``name`` the recovery files' name."""
+
+    record: Record
+    name: str = ""
+    known: list[Part] | None = None
+    takeover: bool = False  # the locks come with the connections
+    recoverable: bool = True  # whether the driver keeps identifiers
+    ioctl: bool = False
+    wanted: int | None = None  # with ioctl: which device
+    foreground: bool = False
+    verbose: bool = False
+    log_file: str | None = None
+    keep: list[int] = field(default_factory=list)  # descriptors
+
+    @property
+    def new(self) -> bool:
+        return self.known is None

@@ -1,0 +1,181 @@
+"""Serve devices again whose server is dead, or in place of one that lives."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pyerofs_nbd.devices import foreign, recovery, sysfs
+from pyerofs_nbd.devices.driver import driver, explain, reconnect
+from pyerofs_nbd.errors import NbdError
+from pyerofs_nbd.lifecycle import control
+from pyerofs_nbd.lifecycle.attach import Attached, Behaviour, start
+from pyerofs_nbd.lifecycle.job import Job, Part
+
+if TYPE_CHECKING:
+    from pyerofs_nbd.devices.recovery import Record
+
+NOTICED_IN = 10.0  # seconds for the kernel to notice that a server is dead, when we know it
+STRANGERS_IN = 2.0  # the same when we can't know: then it may as well live
+HANDING_OVER = 30.0  # seconds for a server to finish what it has begun
+
+
+class Alive(NbdError):
+    """The device has a server."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Devices that were attached together, as far as they are still there."""
+
+    indices: list[int]
+    paths: list[str]
+    records: list[Record]
+
+    @property
+    def ours(self) -> bool:
+        """Whether pyerofs-nbd has attached them, not mount.erofs."""
+        return self.records[0].fingerprint is not None
+
+    @property
+    def names(self) -> str:
+        return " ".join(sysfs.node(i) for i in self.indices)
+
+
+def resolve(target: str) -> int:
+    """The device that is meant by its name, its mount point or its recovery file.
+
+    Raises NbdError where it is not attached."""
+    index = sysfs.index_of(target)
+    if index is None:
+        index = sysfs.mounted_at(os.path.realpath(target))
+    if index is None and os.path.isabs(target):
+        index = next(iter(sysfs.owned_by(target)), None)
+    if index is None:
+        raise NbdError(f"{target}: neither an nbd device nor where one is mounted")
+    if not sysfs.attached(index):
+        raise NbdError(f"{sysfs.node(index)}: is not attached")
+    return index
+
+
+def load(path: str, *, accept_unpinned: bool = False) -> Record:
+    """A recovery file, ours or mount.erofs'.  Raises NbdError."""
+    data = recovery.read(path)
+    if data[:1] == b"{":
+        return recovery.load(path)
+    try:
+        return foreign.parse(data, accept_unpinned=accept_unpinned)
+    except NbdError as e:
+        raise NbdError(f"{path}: {e}") from None
+
+
+def group_of(index: int, *, accept_unpinned: bool = False) -> Group:
+    """The devices that were attached together with one.  Raises NbdError."""
+    backend = sysfs.backend(index)
+    if not backend:
+        raise NbdError(f"{sysfs.node(index)}: was attached without a recovery file")
+    found = Group([], [], [])
+    for path in recovery.group(backend):
+        for owned in sysfs.owned_by(path):
+            found.indices.append(owned)
+            found.paths.append(path)
+            found.records.append(load(path, accept_unpinned=accept_unpinned))
+    if not found.indices:
+        raise NbdError(f"{sysfs.node(index)}: is not attached any more")
+    return found
+
+
+def _job(group: Group, locks: list[int], behaviour: Behaviour, *, takeover: bool = False) -> Job:
+    parts = [
+        Part(path, record, lock=lock)
+        for path, record, lock in zip(group.paths, group.records, locks, strict=True)
+    ]
+    return Job(
+        group.records[0],
+        known=parts,
+        takeover=takeover,
+        foreground=behaviour.foreground,
+        verbose=behaviour.verbose,
+        log_file=behaviour.log_file,
+        keep=[fd for fd in locks if fd >= 0],
+    )
+
+
+def reattach(group: Group, behaviour: Behaviour) -> Attached:
+    """Start a server for devices whose own is dead.
+
+    Raises Alive where it is not, NbdError where it fails; nothing has changed then."""
+    driver().close()
+    if group.ours:
+        recovery.directory(make=True)
+    with ExitStack() as undo:
+        locks: list[int] = []
+        for path in group.paths:
+            fd = recovery.lock(path)
+            if fd is None:
+                for taken in locks:
+                    os.close(taken)
+                raise Alive(f"{group.names}: has a server that lives; nothing was changed")
+            locks.append(fd)
+        child = start(_job(group, locks, behaviour))
+        undo.callback(child.stop)
+        ready = child.expect("ready")["ready"]
+        patience = NOTICED_IN if group.ours else STRANGERS_IN
+        with ExitStack() as ends:
+            fds = []
+            for index, path, part in zip(group.indices, group.paths, ready, strict=True):
+                size = None if group.ours else part["size"]
+                fds.append(ends.enter_context(_renewed(index, path, patience, size)).fileno())
+                sysfs.configure(index, io_timeout=behaviour.io_timeout)
+            child.send({"attached": group.indices}, fds)
+        child.expect("serving")
+        undo.pop_all()
+    return Attached(group.indices, group.paths, child)
+
+
+def _renewed(index: int, path: str, patience: float, size: int | None) -> socket.socket:
+    try:
+        found = reconnect(index, path, patience, size=size)
+    except OSError as e:
+        raise explain(e) from None
+    if found is None:
+        raise Alive(f"{sysfs.node(index)}: has a server that lives; nothing was changed")
+    return found
+
+
+def take_over(group: Group, behaviour: Behaviour) -> Attached:
+    """Start a server that continues the work of one that lives, without an interruption.
+
+    Raises NbdError; the old one then goes on."""
+    if not group.ours or not recovery.alive(group.paths[0]):
+        raise NbdError(
+            f"{group.names}: no living server of pyerofs-nbd to take over from;"
+            f" --reattach {sysfs.node(group.indices[0])} starts one"
+        )
+    with ExitStack() as undo:
+        child = start(_job(group, [-1] * len(group.paths), behaviour, takeover=True))
+        undo.callback(child.stop)
+        child.expect("ready")
+        with control.dial(recovery.control_path(group.paths[0])) as old:
+            old.settimeout(HANDING_OVER)
+            fds: list[int] = []
+            try:
+                control.send(old, {"ask": "takeover"})
+                packet, fds = control.receive(old)
+                given = (packet or {}).get("devices")
+                wanted = [[i, p] for i, p in zip(group.indices, group.paths, strict=True)]
+                if given != wanted or len(fds) != 2 * len(wanted):
+                    raise NbdError(f"{group.names}: its server does not hand them over")
+                child.send({"attached": group.indices}, fds)
+                child.expect("serving")
+                control.send(old, {"taken": True})
+            except OSError as e:
+                raise NbdError(f"{group.names}: its server does not answer ({e})") from None
+            finally:
+                for fd in fds:
+                    os.close(fd)
+        undo.pop_all()
+    return Attached(group.indices, group.paths, child)

@@ -1,0 +1,69 @@
+"""Unmount and disconnect devices, and remove what is left of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from pyerofs_nbd.devices import recovery, sysfs
+from pyerofs_nbd.devices.driver import check_privilege, disconnect, explain
+from pyerofs_nbd.devices.mounting import unmount
+from pyerofs_nbd.errors import NbdError
+from pyerofs_nbd.lifecycle.reattach import resolve
+
+
+def _together(index: int) -> list[tuple[int, str | None]]:
+    """The devices that were attached with one, itself first, and their identifiers."""
+    backend = sysfs.backend(index)
+    found: list[tuple[int, str | None]] = [(index, backend)]
+    if backend:
+        for path in recovery.group(backend):
+            found += [(i, path) for i in sysfs.owned_by(path) if i != index]
+    return found
+
+
+def unmount_target(target: str) -> None:
+    """Unmount a mount point, or all of a device's, and disconnect what nobody uses any more.
+
+    Raises NbdError."""
+    check_privilege()
+    index = resolve(target)
+    together = _together(index)
+    only = None if sysfs.index_of(target) is not None else os.path.realpath(target)
+    for mount in sysfs.mounts_of(index):
+        if only is not None and mount.where != only:
+            continue
+        try:
+            unmount(mount.where)
+        except OSError as e:
+            hint = "; somebody uses it (fuser -vm shows who)" if e.errno == errno.EBUSY else ""
+            raise NbdError(f"{mount.where}: {e.strerror}{hint}") from None
+    for other, identifier in together:
+        if sysfs.mounts_of(other) or (sysfs.attached(other) and sysfs.in_use(other)):
+            continue  # mounted elsewhere as well
+        _take_away(other, identifier)
+    recovery.collect()
+
+
+def disconnect_target(target: str) -> list[str]:
+    """Disconnect a device, whoever uses it; returns where it was mounted.  Raises NbdError."""
+    check_privilege()
+    index = resolve(target)
+    left = [mount.where for mount in sysfs.mounts_of(index)]
+    for other, identifier in _together(index):
+        _take_away(other, identifier)
+    recovery.collect()
+    return left
+
+
+def _take_away(index: int, identifier: str | None) -> None:
+    if not sysfs.attached(index) or sysfs.backend(index) != identifier:
+        return
+    mounted = sysfs.in_use(index)
+    try:
+        disconnect(index)
+    except OSError as e:
+        raise explain(e) from None
+    # (the kernel keeps the shell of a device until nobody has it open any more)
+    if not mounted and not sysfs.wait_gone(index, identifier):
+        raise NbdError(f"{sysfs.node(index)}: is disconnected, but somebody still has it open")

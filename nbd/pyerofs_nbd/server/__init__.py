@@ -1,0 +1,1 @@
+"""The NBD protocol, and the server that speaks it to clients."""

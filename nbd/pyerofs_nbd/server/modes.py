@@ -1,0 +1,102 @@
+"""The server modes of the command: open the sources, listen, serve until told to stop."""
+
+from __future__ import annotations
+
+import signal
+import ssl
+import sys
+from collections.abc import AsyncIterator
+
+import trio
+
+from pyerofs.images import flat
+from pyerofs.sources.base import AsyncSource
+from pyerofs.sources.open import open_async
+from pyerofs.sources.spec import Access, SourceSpec
+from pyerofs.system.daemon import STOPS, heeded
+from pyerofs_nbd.errors import NbdError
+from pyerofs_nbd.options import Options
+from pyerofs_nbd.server import listen, tls
+from pyerofs_nbd.server.exports import Export, Server
+
+SIGNALS = heeded(*STOPS)
+GRACE = 10.0  # seconds for replies in flight when told to stop
+
+
+def serve(options: Options, named: list[tuple[str, SourceSpec]], access: Access) -> None:
+    """Serve until a signal, or until the only client has gone.
+
+    Raises NbdError, ListenError, TlsError or SourceError, alone or in groups of one."""
+    context = None
+    if options.tls_cert is not None and options.tls_key is not None:
+        context = tls.server_context(options.tls_cert, options.tls_key, options.tls_ca)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until they can end the server in good order
+    listeners = listen.activated()
+    passed = len(listeners)  # whoever has passed them knows where they are
+    try:
+        for path in options.sockets:
+            listeners.append(listen.unix(path))
+        for where in options.listens:
+            listeners += listen.tcp(where)
+        if not listeners and not options.stdio:
+            raise NbdError("no sockets were passed")
+        warning = listen.warning(listeners, tls_required=options.tls_required)
+        if warning is not None:
+            print(f"pyerofs-nbd: warning: {warning}", file=sys.stderr)
+        trio.run(_serve, options, named, access, listeners, passed, context)
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+async def _serve(
+    options: Options,
+    named: list[tuple[str, SourceSpec]],
+    access: Access,
+    listeners: list[listen.Listener],
+    passed: int,
+    context: ssl.SSLContext | None,
+) -> None:
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        async with trio.open_nursery() as background:
+            sources: list[AsyncSource] = []
+            try:
+                exports = []
+                for name, spec in named:
+                    opened = await open_async(spec, access, background)
+                    if spec.is_remote and access.prefetch == "metadata":
+                        from pyerofs.prefetch import prefetch_metadata_of
+
+                        background.start_soon(prefetch_metadata_of, opened)
+                    sources += opened
+                    whole = await flat.combine(opened) if len(opened) > 1 else opened[0]
+                    if whole is None:
+                        raise NbdError(
+                            f"{spec.name}: its devices are not mapped into one, so each has to"
+                            " be exported on its own (--export)"
+                        )
+                    exports.append(Export(name, whole, spec.name))
+                server = Server(exports, tls=context, tls_required=options.tls_required)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_stop_on, signals, server, nursery.cancel_scope)
+                    if options.stdio:
+                        await listen.serve_stdio(server)
+                    else:
+                        for listener in listeners[passed:]:
+                            uri = listener.uri(named[0][0], tls=options.tls_required)
+                            print(uri, flush=True)
+                        await listen.serve(server, listeners)
+                    nursery.cancel_scope.cancel()
+            finally:
+                background.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):
+                    for source in sources:
+                        await source.aclose()
+
+
+async def _stop_on(signals: AsyncIterator[int], server: Server, scope: trio.CancelScope) -> None:
+    async for _ in signals:
+        await server.drain(GRACE)
+        scope.cancel()
+        return

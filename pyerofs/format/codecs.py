@@ -1,0 +1,289 @@
+"""Decode one pcluster: bytes in, bytes out, one function per algorithm.
+
+Each takes the encoded bytes (with their zero padding), the decoded length that the extent promises
+and whether the pcluster may hold more than that (``partial``: a deduplicated reference to its
+first bytes).  Each returns at least ``length`` bytes and never more than PCLUSTER_MAX_DSIZE, so that
+a bomb costs no more than the largest legal pcluster.  All codecs release the GIL.
+
+Codecs are imported when first needed: start-up time is felt at every mount.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from pyerofs.errors import UnsupportedFeature
+from pyerofs.format.ondisk import (
+    ALG_DEFLATE,
+    ALG_INTERLACED,
+    ALG_LZ4,
+    ALG_LZMA,
+    ALG_ZSTD,
+    PCLUSTER_MAX_DSIZE,
+)
+from pyerofs.sources.base import Buffer
+
+LZMA_MAX_DICT_SIZE = 8 << 20  # what the kernel allows
+ZSTD_MAX_WINDOW_LOG = 23  # 8 MiB: bounds what a streaming decoder allocates
+
+STOP_EARLY = {ALG_LZ4, ALG_LZMA, ALG_DEFLATE}  # what is not asked for is not decoded (or hardly)
+PADDING = 4096  # bytes of zeros that are looked for first
+
+
+class DecodeError(Exception):
+    """The bytes are not a valid stream of the algorithm; the caller adds where they came from."""
+
+
+def unpadded(data: Buffer) -> memoryview:
+    """The stream without the zeros that align it to its block's end."""
+    view = memoryview(data)
+    if view and view[0]:
+        return view
+    for size in (PADDING, len(view)):  # there is less than a block of them, unless it is corrupt
+        head = bytes(view[:size])
+        zeros = len(head) - len(head.lstrip(b"\0"))
+        if zeros < len(head):
+            return view[zeros:]
+    raise DecodeError("only zeros")
+
+
+def lz4(data: Buffer, length: int, partial: bool) -> Buffer:
+    """LZ4 block, right-aligned (LZ4_0PADDING)."""
+    from lz4.block import LZ4BlockError, decompress
+
+    stream = unpadded(data)
+    if partial and (native := _lz4_partial()) is not None:
+        return native(stream, length)
+    # one byte of LZ4 can expand to at most 255
+    room = min(255 * len(stream), PCLUSTER_MAX_DSIZE) if partial else length
+    try:
+        return decompress(stream, uncompressed_size=max(room, length))  # type: ignore[no-any-return]
+    except LZ4BlockError as e:
+        raise DecodeError(f"lz4: {e}") from None
+
+
+@functools.cache
+def _lz4_partial() -> Callable[[memoryview, int], Buffer] | None:
+    """A decoder that stops after so many bytes; None where there is none.
+
+    python-lz4 has it in the library that it is made of, but no way to call it; ctypes has."""
+    import ctypes as c
+
+    from lz4.block import _block
+
+    try:
+        function = c.CDLL(_block.__file__).LZ4_decompress_safe_partial
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (c.c_void_p, c.c_void_p, c.c_int, c.c_int, c.c_int)
+    address, at = c.addressof, c.c_char.from_buffer
+
+    def decode(stream: memoryview, length: int) -> Buffer:
+        out = bytearray(length)
+        source = bytes(stream) if stream.readonly else address(at(stream))
+        # int LZ4_decompress_safe_partial(src, dst, srcSize, targetOutputSize, dstCapacity)
+        n = function(source, address(at(out)), len(stream), length, length)
+        if n != length:
+            raise DecodeError(f"lz4: {n} bytes instead of {length}" if n >= 0 else "lz4: corrupt")
+        return out
+
+    return decode
+
+
+def lz4_unpadded(data: Buffer, length: int, partial: bool) -> bytes:
+    """LZ4 block, left-aligned with rubbish behind it (images before LZ4_0PADDING).
+
+    python-lz4 insists on a stream's exact end, so the tokens are walked up to ``length`` bytes of
+    output, the stream is cut there and closed with literals of ours."""
+    from lz4.block import LZ4BlockError, decompress
+
+    stream, produced = lz4_head(bytes(data), length)
+    try:
+        out: bytes = decompress(stream, uncompressed_size=produced)
+    except LZ4BlockError as e:
+        raise DecodeError(f"lz4: {e}") from None
+    return _exactly(out[:length], length, "lz4")
+
+
+def lz4_head(data: bytes, length: int) -> tuple[bytes, int]:
+    """The sequences of an LZ4 block that produce its first ``length`` bytes, as a block of their
+    own, and how many bytes that block produces: some more, because the codec wants the last match
+    of a block to be followed by literals."""
+    pos = out = 0
+    try:
+        while True:
+            start = pos
+            token = data[pos]
+            literals, pos = _lz4_run(data, pos + 1, token >> 4)
+            if out + literals >= length:
+                keep = length - out
+                if pos + keep > len(data):
+                    raise DecodeError("lz4: ends too early")
+                last = data[pos : pos + keep] + _LZ4_TAIL
+                return data[:start] + _lz4_literals(last), length + len(_LZ4_TAIL)
+            pos += literals
+            if data[pos] | data[pos + 1] << 8 == 0:
+                raise DecodeError("lz4: match at distance 0")
+            match, pos = _lz4_run(data, pos + 2, token & 15)
+            out += literals + match + 4
+            if out >= length:
+                break
+    except IndexError:
+        raise DecodeError("lz4: ends too early") from None
+    if out > 2 * PCLUSTER_MAX_DSIZE:
+        raise DecodeError("lz4: match too long")
+    return data[:pos] + _lz4_literals(_LZ4_TAIL), out + len(_LZ4_TAIL)
+
+
+_LZ4_TAIL = bytes(16)
+
+
+def _lz4_run(data: bytes, pos: int, nibble: int) -> tuple[int, int]:
+    """A length that starts in a token's nibble, and where the bytes after it start."""
+    if nibble == 15:
+        while True:
+            more = data[pos]
+            pos += 1
+            nibble += more
+            if more != 255:
+                break
+    return nibble, pos
+
+
+def _lz4_literals(data: bytes) -> bytes:
+    """An LZ4 sequence of literals only."""
+    n = len(data)
+    if n < 15:
+        return bytes([n << 4]) + data
+    full, rest = divmod(n - 15, 255)
+    return b"\xf0" + b"\xff" * full + bytes([rest]) + data
+
+
+def lzma(data: Buffer, length: int, partial: bool, dict_size: int) -> bytes:
+    """MicroLZMA: raw LZMA1 whose first byte (always zero) holds the inverted lc/lp/pb byte."""
+    import lzma as xz
+
+    stream = unpadded(data)
+    properties = stream[0] ^ 0xFF
+    if properties > (4 * 5 + 4) * 9 + 8:
+        raise DecodeError("lzma: bad properties")
+    lclp, pb = properties % 45, properties // 45
+    lc, lp = lclp % 9, lclp // 9
+    if lc + lp > 4:
+        raise DecodeError("lzma: bad properties")
+    spec = {
+        "id": xz.FILTER_LZMA1,
+        "lc": lc,
+        "lp": lp,
+        "pb": pb,
+        # no match reaches back further than the output's start
+        "dict_size": max(4096, min(dict_size, length)),
+    }
+    try:
+        out = xz.LZMADecompressor(xz.FORMAT_RAW, filters=[spec]).decompress(
+            b"\0" + stream[1:], max_length=length
+        )
+    except (xz.LZMAError, EOFError) as e:
+        raise DecodeError(f"lzma: {e}") from None
+    return _exactly(out, length, "lzma")
+
+
+def deflate(data: Buffer, length: int, partial: bool) -> bytes:
+    """Raw DEFLATE.  isal is about 1.7 times as fast as zlib and used where it is installed."""
+    global _inflater
+    if _inflater is None:
+        _inflater = _find_inflater()
+    decompressobj, error = _inflater
+    inflater = decompressobj(-15)
+    try:
+        out: bytes = inflater.decompress(unpadded(data), length)
+    except error as e:
+        raise DecodeError(f"deflate: {e}") from None
+    return _exactly(out, length, "deflate")
+
+
+_inflater: tuple[Callable[[int], Any], Any] | None = None  # decompressobj and its error
+
+
+def _find_inflater() -> tuple[Callable[[int], Any], Any]:
+    try:
+        from isal import isal_zlib
+    except ImportError:
+        import zlib
+
+        return zlib.decompressobj, zlib.error
+    return isal_zlib.decompressobj, isal_zlib.error
+
+
+_local = threading.local()  # a ZstdDecompressor must not be used by two threads at once
+
+
+def zstd(data: Buffer, length: int, partial: bool) -> bytes:
+    """One Zstandard frame."""
+    import zstandard
+
+    stream = unpadded(data)
+    try:
+        decompressor = _local.zstd
+    except AttributeError:
+        decompressor = _local.zstd = zstandard.ZstdDecompressor(
+            max_window_size=1 << ZSTD_MAX_WINDOW_LOG
+        )
+    try:
+        if not partial:
+            # a frame that states its size is decoded into just that much: check it first
+            size = zstandard.frame_content_size(stream)
+            if size in (-1, length):
+                out = decompressor.decompress(stream, max_output_size=length)
+                return _exactly(out, length, "zstd")
+            if size > PCLUSTER_MAX_DSIZE:
+                raise DecodeError(f"zstd: frame claims {size} bytes")
+        out = decompressor.stream_reader(stream).read(length)
+    except zstandard.ZstdError as e:
+        raise DecodeError(f"zstd: {e}") from None
+    return _exactly(out, length, "zstd")
+
+
+def interlaced(data: Buffer, length: int, shift: int) -> bytes:
+    """Stored bytes, rotated so that each keeps its place within a block.
+
+    ``shift`` is how many of them, at the end of ``data``, come first."""
+    data = bytes(data)
+    if length > len(data) or shift > len(data):
+        raise DecodeError("interlaced: longer than its blocks")
+    first = min(shift, length)
+    at = len(data) - shift
+    return data[at : at + first] + data[: length - first]
+
+
+def _exactly(out: bytes, length: int, name: str) -> bytes:
+    if len(out) != length:
+        raise DecodeError(f"{name}: {len(out)} bytes instead of {length}")
+    return out
+
+
+def decode(
+    algorithm: int,
+    data: Buffer,
+    length: int,
+    partial: bool,
+    *,
+    zero_padded: bool = True,
+    lzma_dict_size: int = LZMA_MAX_DICT_SIZE,
+    shift: int = 0,
+) -> Buffer:
+    """Decode one pcluster; CPU-bound, releases the GIL, safe in any thread.  Raises DecodeError."""
+    if algorithm == ALG_LZ4:
+        return (lz4 if zero_padded else lz4_unpadded)(data, length, partial)
+    if algorithm == ALG_ZSTD:
+        return zstd(data, length, partial)
+    if algorithm == ALG_LZMA:
+        return lzma(data, length, partial, lzma_dict_size)
+    if algorithm == ALG_DEFLATE:
+        return deflate(data, length, partial)
+    if algorithm == ALG_INTERLACED:
+        return interlaced(data, length, shift)
+    raise UnsupportedFeature(f"compression algorithm {algorithm}")

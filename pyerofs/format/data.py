@@ -1,0 +1,117 @@
+"""Read file data through the memory: map, fetch, decode, cut, join.
+
+This is the whole read path of the synchronous API, and of everything that is metadata to the
+asynchronous one: directories, long symlinks, the packed inode and the metabox.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from pyerofs.errors import CorruptImage, ErofsError
+from pyerofs.format import inode as inodes
+from pyerofs.format.extent import extents
+from pyerofs.format.memory import Pcluster
+from pyerofs.format.model import ENCODED, HOLE, META, PLAIN, Extent, Inode
+from pyerofs.format.ondisk import ALG_INTERLACED
+from pyerofs.format.volume import Volume
+from pyerofs.sources.base import Buffer
+
+MAX_READ = 1 << 31  # bytes in one call: what a caller can hold in memory anyway
+
+
+def read(vol: Volume, inode: Inode, offset: int, length: int, sparse: bool = False) -> Buffer:
+    """Up to ``length`` bytes at ``offset``, less only at the file's end.  No copy where the range
+    lies within one pcluster.  ``sparse``: what lies behind it is not likely to be read soon.
+
+    Raises CorruptImage, SourceError, or a Fault of the memory."""
+    end = min(offset + length, inode.size)
+    if offset >= end:
+        return b""
+    if end - offset > MAX_READ:
+        raise ErofsError(
+            f"read of {end - offset} bytes of nid {inode.nid}; read at most {MAX_READ} at once"
+        )
+    parts = []
+    for extent in extents(vol, inode, offset, length):
+        start = max(offset, extent.start)
+        n = min(end, extent.end) - start
+        parts.append(piece(vol, inode, extent, start - extent.start, n, sparse))
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def piece(
+    vol: Volume, inode: Inode, extent: Extent, skip: int, length: int, sparse: bool = False
+) -> Buffer:
+    """``length`` bytes of an extent, from its byte ``skip`` on."""
+    kind = extent.kind
+    if kind == ENCODED:
+        wanted = pcluster(vol, inode, extent)
+        if sparse:
+            wanted = vol.memory.enough(wanted, skip + length)
+        decoded = vol.memory.decoded(wanted)
+        if not skip and length == len(decoded):
+            return decoded
+        return memoryview(decoded)[skip : skip + length]
+    if kind == PLAIN and inode.is_file and inode is not vol.packed:
+        return vol.memory.raw(extent.device, extent.address + skip, length)
+    if kind in (META, PLAIN):  # what directories and links hold is metadata: it is kept
+        buffer, pos = vol.memory.at(extent.device, extent.address + skip, length)
+        return memoryview(buffer)[pos : pos + length]
+    if kind == HOLE:
+        return bytes(length)
+    packed = packed_inode(vol, inode)
+    data = read(vol, packed, extent.address + skip, length)
+    check_fragment(inode, data, length)
+    return data
+
+
+def check_fragment(inode: Inode, data: Buffer, length: int) -> None:
+    """Raise CorruptImage where the packed inode did not have all of a fragment."""
+    if len(data) < length:
+        raise CorruptImage("fragment beyond the packed inode's end", nid=inode.nid)
+
+
+def pcluster(vol: Volume, inode: Inode, extent: Extent) -> Pcluster:
+    """The pcluster behind an ENCODED extent."""
+    shift = 0
+    if extent.algorithm == ALG_INTERLACED:
+        # what lies behind the extent's place in its first block comes first
+        block = vol.sb.block_size
+        shift = block - (extent.start & block - 1)
+    return Pcluster(
+        extent.device,
+        extent.address,
+        extent.size,
+        extent.algorithm,
+        shift,
+        extent.length,
+        extent.partial,
+        inode.nid,
+    )
+
+
+def packed_inode(vol: Volume, inode: Inode) -> Inode:
+    """The inode that holds the fragments of ``inode``."""
+    packed = vol.packed
+    if packed is None:
+        if not vol.sb.packed_nid:
+            raise CorruptImage("fragment, but the image has no packed inode", nid=inode.nid)
+        packed = inodes.load(vol, vol.sb.packed_nid)
+        if not packed.is_file:
+            raise CorruptImage("packed inode is not a file", nid=packed.nid)
+        vol.packed = packed
+    if inode.nid == packed.nid:
+        raise CorruptImage("fragment inside the packed inode", nid=inode.nid)
+    return packed
+
+
+def attach_metabox(vol: Volume) -> None:
+    """Read the metabox inode, if there is one, and let the memory read through it."""
+    if vol.sb.metabox_nid:
+        metabox = inodes.load(vol, vol.sb.metabox_nid)
+        if not metabox.is_file:
+            raise CorruptImage("metabox inode is not a file", nid=metabox.nid)
+        vol.metabox = metabox
+        vol.memory.metabox_size = metabox.size
+        vol.memory.read_metabox = partial(read, vol, metabox)

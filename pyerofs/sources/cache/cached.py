@@ -1,0 +1,540 @@
+"""A remote blob read through a store: what is not there is fetched, once, in large ranges.
+
+Readers ask for bytes; what is missing becomes *flights*, one for each segment, that any number of
+readers wait for.  Neighbouring segments share a request.  Requests run in the background, so a reader
+that gives up leaves the flight to the others.
+
+What comes is claimed, not verified (``store.py``).  Once everything is on disk the digest is checked in
+the background; ``verify`` fetches what is missing and waits for that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import trio
+
+from pyerofs.errors import IntegrityError, SourceError
+from pyerofs.sources.base import SEGMENT, SEGMENT_BITS, Buffer, Source, check_range, within
+from pyerofs.sources.cache.blobstore import BlobStore
+from pyerofs.sources.cache.store import segments_of
+from pyerofs.sources.local.threaded import ThreadedSource
+from pyerofs.sources.net.transport import Pace, Traffic
+from pyerofs.sources.spec import SourceSpec
+
+log = logging.getLogger("pyerofs")
+
+RANGE = 8  # segments of one request at most; a reader waits for its own segment only
+WINDOW = 16  # segments fetched ahead of a sequential reader at most
+REQUESTS = 6  # at the same time
+BACKGROUND = 2  # workers that fetch what nobody waits for yet
+BACKGROUND_RANGE = 4  # segments of their requests: what a reader may have to share the line with
+HINTS = 256  # ranges that are remembered as needed soon
+WRITES = 8  # segments on their way to the disk
+PATIENCE = 15.0  # seconds that another process may take for a segment before we fetch it ourselves
+REREADS = 3  # of a segment that is not what was stored
+NEAR = 16 << 10  # bytes that a sequential reader may leave out
+NEVER = 1 << 63
+FREEZING = 200  # attempts, 50 ms apart, to keep others from writing during a whole pass
+
+
+class Remote(Protocol):
+    """Where a blob is fetched from."""
+
+    name: str
+    size: int
+    ranged: bool
+
+    @property
+    def traffic(self) -> Traffic:
+        """What went over the network."""
+
+    def stream(self, start: int, end: int, pace: Pace) -> AsyncGenerator[tuple[int, bytes], None]:
+        """See ``HttpBlob.stream``."""
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+
+
+class Flight:
+    """A segment that is being fetched, and then stored."""
+
+    __slots__ = ("data", "done", "error", "stored")
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.stored = trio.Event()
+        self.data: Buffer | None = None
+        self.error: SourceError | None = None
+
+
+class CachedSource:
+    """An AsyncSource over a Remote and the store for it; owns both."""
+
+    def __init__(
+        self,
+        remote: Remote,
+        store: BlobStore,
+        nursery: trio.Nursery,
+        *,
+        timeout: float,
+        rate: int | None = None,
+        pinned: SourceSpec | None = None,
+    ) -> None:
+        """``timeout`` bounds each read, in seconds; ``rate`` what is fetched in the background, in
+        bytes a second."""
+        self.name = remote.name
+        self.size = remote.size
+        self._remote = remote
+        self._store = store
+        self._whole = ThreadedSource(store)
+        self._nursery = nursery
+        self._token = trio.lowlevel.current_trio_token()
+        self._timeout = timeout
+        self._rate = rate
+        self.pinned = pinned
+        self._count = segments_of(remote.size)
+        self._flights: dict[int, Flight] = {}
+        self._requests = trio.CapacityLimiter(REQUESTS)
+        self._writes = trio.CapacityLimiter(WRITES)
+        self._later: deque[tuple[int, int]] = deque()  # rows that will be needed
+        self._workers = 0
+        self._urgent = 0  # requests that readers wait for
+        self._quiet = trio.Event()
+        self._window = 1  # segments fetched ahead
+        self._end = -NEAR - 1  # of what was read last
+        self._ahead = 0  # the segment up to which they have been asked for
+        self._trigger = NEVER  # reading beyond this offset, a sequential reader needs the next ones
+        self._judging: trio.Event | None = None  # set once it is known whether all of it is right
+        self._judge_soon()
+
+    # the AsyncSource ---------------------------------------------------------------------
+
+    def peek(self, offset: int, length: int) -> Buffer | None:
+        """May be called from any thread."""
+        if not within(self.size, offset, length):
+            return None
+        if offset >= self._trigger:
+            self._token.run_sync_soon(self._crossed, offset >> SEGMENT_BITS, idempotent=True)
+        found = self._store.peek(offset, length)
+        if found is not None:
+            self._end = offset + length
+        return found
+
+    @property
+    def blocking(self) -> Source | None:
+        """Once everything is there, the cache's file; reading it costs what any file does."""
+        return self._whole.blocking if self._store.complete else None
+
+    @property
+    def quick(self) -> bool:
+        return self._whole.quick
+
+    @property
+    def backing(self) -> tuple[int, int] | None:
+        return self._store.backing
+
+    @property
+    def digest(self) -> str | None:
+        """What all bytes together have to be; None where nothing says so."""
+        return self._store.digest
+
+    @property
+    def verified(self) -> bool:
+        """Whether what is read is known to be what the blob's digest says."""
+        return self._store.verified
+
+    def will_need(self, offset: int, length: int) -> None:
+        if length <= 0 or not within(self.size, offset, length) or self._store.complete:
+            return
+        first, last = offset >> SEGMENT_BITS, offset + length - 1 >> SEGMENT_BITS
+        near = min(last, first + WINDOW)  # a look at all of a large range would take too long
+        if len(self._later) < HINTS and (near < last or self._absent(first, near)):
+            self._later.append((first, last))
+            if self._workers < BACKGROUND:
+                self._workers += 1
+                self._nursery.start_soon(self._fetch_later)
+
+    async def read_at(self, offset: int, length: int) -> Buffer:
+        check_range(self.name, self.size, offset, length)
+        if not length:
+            return b""
+        with trio.move_on_after(self._timeout):
+            return await self._read(offset, length)
+        raise self._too_late(offset)
+
+    async def _read(self, offset: int, length: int) -> Buffer:
+        if self._store.error is not None:
+            raise self._store.error
+        first, last = offset >> SEGMENT_BITS, offset + length - 1 >> SEGMENT_BITS
+        self._start(self._absent(first, last), urgent=True)
+        if abs(offset - self._end) <= NEAR:
+            self._read_on(last)
+        else:
+            self._trigger = NEVER
+        self._end = offset + length
+        if self._store.complete:
+            try:
+                return await self._whole.read_at(offset, length)
+            except IntegrityError:
+                pass  # no longer complete: what is damaged is fetched again
+        if all(n not in self._flights for n in range(first, last + 1)):
+            found = await trio.to_thread.run_sync(self._store.read, offset, length)
+            if found is not None:
+                return found
+        parts = []
+        for number in range(first, last + 1):
+            data = await self._segment(number)
+            start = number << SEGMENT_BITS
+            parts.append(memoryview(data)[max(offset - start, 0) : offset + length - start])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def aclose(self) -> None:
+        """Close the connections and the store.  The nursery must have been cancelled."""
+        await self._remote.aclose()
+        self._store.close()
+
+    def status(self) -> dict[str, Any]:
+        """Numbers for people: what there is, and what went over the network."""
+        traffic = self._remote.traffic
+        return {
+            "name": self.name,
+            "size": self.size,
+            "cached": min(self._store.present() << SEGMENT_BITS, self.size),
+            "complete": self._store.complete,
+            "verified": self._store.verified,
+            "requests": traffic.requests,
+            "fetched": traffic.received,
+            "retries": traffic.retries,
+        }
+
+    async def forget(self, offset: int, length: int) -> bool:
+        """Drop what is stored of a range: it was found to be wrong, and is to be fetched again."""
+        first, last = offset >> SEGMENT_BITS, offset + length - 1 >> SEGMENT_BITS
+
+        def forget() -> bool:
+            again = [self._store.forget(number) for number in range(first, last + 1)]
+            return any(again)
+
+        return await trio.to_thread.run_sync(forget)
+
+    # segments ----------------------------------------------------------------------------
+
+    def seed(self, data: bytes) -> None:
+        """Store the beginning of the blob, which came with an answer, as far as it makes segments."""
+        if len(data) >= min(SEGMENT, self.size) and self._absent(0, 0):
+            with self._store.claimed(0, 0) as ours:
+                if ours:
+                    self._store.put(0, data[:SEGMENT])
+
+    def _absent(self, first: int, last: int) -> list[int]:
+        """Segments that are neither stored nor on their way."""
+        found = self._store.missing(first, min(last, self._count - 1))
+        return [n for n in found if n not in self._flights]
+
+    def _crossed(self, number: int) -> None:
+        """What was fetched ahead is half used up; unless it was just a read far away."""
+        if number < self._ahead:
+            self._read_on(number)
+        else:
+            self._trigger = NEVER
+
+    def _read_on(self, number: int) -> None:
+        """A reader that goes forward has come to this segment: fetch on ahead of it."""
+        if not self._ahead - self._window <= number <= self._ahead:
+            self._ahead, self._window = number + 1, 1
+        elif number < self._ahead - self._window // 2:
+            return
+        self._window = min(2 * self._window, WINDOW)
+        start = max(self._ahead, number + 1)
+        self._ahead = min(number + 1 + self._window, self._count)
+        if start < self._ahead:
+            self._start(self._absent(start, self._ahead - 1), urgent=True)
+            if self._store.unchecked(start, self._ahead - 1):
+                self._nursery.start_soon(self._check, start, self._ahead - 1)
+        half = max(self._ahead - self._window // 2, number + 1)
+        self._trigger = half << SEGMENT_BITS if self._ahead < self._count else NEVER
+
+    async def _check(self, first: int, last: int) -> None:
+        """Check stored segments before a reader gets to them."""
+        try:
+            await trio.to_thread.run_sync(self._store.check, first, last)
+        except OSError:
+            pass  # the reader will see it
+
+    def _start(self, numbers: Sequence[int], *, urgent: bool) -> list[Flight]:
+        """Start fetching segments, neighbours together."""
+        if not numbers:
+            return []
+        limit = RANGE
+        if not self._remote.ranged:  # they all come, whatever we ask for
+            numbers, limit = self._absent(0, self._count - 1), self._count
+        started = []
+        for first, last in rows(numbers, limit):
+            for number in range(first, last + 1):
+                flight = self._flights[number] = Flight()
+                started.append(flight)
+            self._nursery.start_soon(self._fetch, first, last, urgent)
+        return started
+
+    async def _segment(self, number: int) -> Buffer:
+        """A whole segment, from wherever it is.  Raises SourceError."""
+        offset, length = self._store.extent(number)
+        for _ in range(REREADS):
+            flight = self._flights.get(number)
+            if self._store.error is not None:
+                raise self._store.error
+            if flight is None:
+                data = await trio.to_thread.run_sync(self._store.read, offset, length)
+                if data is not None:
+                    return data
+                self._start(self._absent(number, number), urgent=True)
+                flight = self._flights.get(number)
+            if flight is not None:
+                await flight.done.wait()
+                if flight.error is not None:
+                    raise flight.error
+                if flight.data is not None:
+                    return flight.data
+        raise SourceError(f"{self.name}: what was fetched at {offset} can't be kept")
+
+    def _too_late(self, offset: int) -> SourceError:
+        return SourceError(
+            f"{self.name}: bytes at {offset} did not come within {self._timeout:g} seconds"
+        )
+
+    # fetching ----------------------------------------------------------------------------
+
+    async def _fetch_later(self) -> None:
+        """Fetch what will be needed, when no reader waits for something else."""
+        try:
+            while self._later:
+                first, last = self._later.popleft()
+                while first <= last and first < self._count:
+                    await self._lull()
+                    started = trio.current_time()
+                    row = self._absent(first, min(last, first + BACKGROUND_RANGE - 1))
+                    for flight in self._start(row, urgent=False):
+                        await flight.done.wait()
+                        if flight.error is not None:
+                            return  # whoever reads there will see it
+                    if row and self._rate:
+                        await trio.sleep_until(started + (len(row) << SEGMENT_BITS) / self._rate)
+                    first += BACKGROUND_RANGE
+        finally:
+            self._workers -= 1
+
+    async def _lull(self) -> None:
+        """Wait until no reader waits for the network."""
+        while self._urgent:
+            self._quiet = trio.Event()
+            await self._quiet.wait()
+
+    async def _fetch(self, first: int, last: int, urgent: bool) -> None:
+        """Fetch a row of segments for which there are flights."""
+        pace = Pace(self._timeout)
+        error: SourceError | None = None
+        self._urgent += urgent
+        try:
+            with pace.scope:
+                async with self._requests:
+                    await self._fetch_claimed(first, last, pace)
+            if pace.scope.cancelled_caught:
+                error = self._too_late(first << SEGMENT_BITS)
+        except SourceError as e:
+            error = e
+        except OSError as e:
+            error = SourceError(f"{self.name}: the cache can't be used: {e.strerror}")
+        except Exception as e:  # a mistake of ours must not end the mount
+            log.exception("%s: unexpected", self.name)
+            error = SourceError(f"{self.name}: unexpected {type(e).__name__}")
+        finally:
+            self._urgent -= urgent
+            if not self._urgent:
+                self._quiet.set()
+            for number in range(first, last + 1):
+                flight = self._flights.get(number)
+                if flight is not None and flight.data is None:
+                    self._land(number, error)
+
+    def _land(self, number: int, error: SourceError | None = None) -> None:
+        """End a flight; without an error, its readers look into the store again."""
+        flight = self._flights.pop(number)
+        flight.error = error
+        flight.done.set()
+        flight.stored.set()
+
+    async def _fetch_claimed(self, first: int, last: int, pace: Pace) -> None:
+        """Fetch, unless another process is doing so: then wait until it has."""
+        delay = 0.01
+        patience = trio.current_time() + PATIENCE
+        while True:
+            with self._store.claimed(first, last) as ours:
+                missing = self._store.missing(first, last)
+                for number in range(first, last + 1):
+                    flight = self._flights.get(number)
+                    if number not in missing and flight is not None and flight.data is None:
+                        self._land(number)  # another process has stored it meanwhile
+                if not missing:
+                    return
+                if ours or trio.current_time() > patience:
+                    for start, end in rows(missing, self._count):
+                        await self._receive(start, end, pace)
+                    for number in missing:  # until it is stored, others had better not fetch it
+                        flight = self._flights.get(number)
+                        if flight is not None and flight.data is not None:
+                            await flight.stored.wait()
+                    return
+            await trio.sleep(delay)
+            delay = min(delay * 1.5, 0.2)
+
+    async def _receive(self, first: int, last: int, pace: Pace) -> None:
+        """Make segments of what comes over the network.
+
+        What was asked for has to come before the pace's deadline; a download of everything, from a
+        server that can do nothing else, has to go on."""
+        start, end = first << SEGMENT_BITS, min((last + 1) << SEGMENT_BITS, self.size)
+        number, buffer = -1, bytearray()
+        stream = self._remote.stream(start, end, pace)
+        async with aclosing(stream) as chunks:
+            async for offset, chunk in chunks:
+                if not self._remote.ranged:
+                    pace.advance(len(chunk))
+                if offset != (number << SEGMENT_BITS) + len(buffer):
+                    # the first piece; or a server without ranges starts again
+                    number, buffer = offset >> SEGMENT_BITS, bytearray()
+                    if offset & (SEGMENT - 1):
+                        raise SourceError(f"{self.name}: its bytes come in no order")
+                buffer += chunk
+                while buffer:
+                    full = min(SEGMENT, self.size - (number << SEGMENT_BITS))
+                    if len(buffer) < full:
+                        break
+                    whole, buffer = buffer, buffer[full:]
+                    del whole[full:]
+                    await self._arrived(number, whole)
+                    number += 1
+
+    async def _arrived(self, number: int, data: bytearray) -> None:
+        flight = self._flights.get(number)
+        if flight is None:
+            if not self._absent(number, number):
+                return  # a server without ranges sends what we have, too
+            flight = self._flights[number] = Flight()
+        if flight.data is not None:
+            return  # and does so for each request
+        if (
+            self._store.verified
+        ):  # memory has dropped it: it must be what it was before anybody sees it
+            await trio.to_thread.run_sync(self._store.put, number, data)
+        flight.data = data
+        flight.done.set()
+        await self._writes.acquire_on_behalf_of(flight)
+        self._nursery.start_soon(self._keep_soon, number, flight)
+
+    async def _keep_soon(self, number: int, flight: Flight) -> None:
+        assert flight.data is not None
+        try:
+            await trio.to_thread.run_sync(self._store.put, number, flight.data)
+        except IntegrityError as e:
+            log.info("%s", e)  # all that read from now on are told
+            await trio.to_thread.run_sync(self._store.condemn, e)
+        finally:
+            self._writes.release_on_behalf_of(flight)
+            flight.stored.set()
+            if self._flights.get(number) is flight:
+                del self._flights[number]
+        self._judge_soon()
+
+    # when everything is there --------------------------------------------------------------
+
+    def _judge_soon(self) -> None:
+        """Have the digest checked once nothing is missing any more."""
+        if self._judging is None and self._store.ripe:
+            self._judging = trio.Event()
+            self._nursery.start_soon(self._judge, self._judging)
+
+    async def _judge(self, judged: trio.Event) -> None:
+        try:
+            right = await trio.to_thread.run_sync(self._store.settle, abandon_on_cancel=True)
+            if right:
+                log.info("%s: complete%s", self.name, ", and verified" if self.verified else "")
+            elif right is not None:
+                log.info("%s", self._store.error)  # all that read from now on are told
+        except (SourceError, OSError) as e:
+            log.warning("%s: the cache can't be read: %s", self.name, e)
+        finally:
+            self._judging = None
+            judged.set()
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it has been fetched."""
+        return not self._store.missing(0, self._count - 1)
+
+    async def verify(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Fetch what is missing, and check the digest over a whole pass.  ``progress``: as for Access.
+
+        Raises IntegrityError where it is wrong, SourceError where bytes can't be had.  There must be a
+        digest."""
+        for number in range(self._count):
+            if self.verified:
+                return
+            if not self._store.has(number):
+                await self.read_at(*self._store.extent(number))
+            if progress is not None:
+                progress(self.name, min((number + 1) << SEGMENT_BITS, self.size), self.size)
+        await self._landed()
+        self._judge_soon()
+        while self._judging is not None:
+            await self._judging.wait()
+        if not self.verified and self._store.error is None:
+            await self._pass()
+        if self._store.error is not None:
+            raise self._store.error
+
+    async def _landed(self) -> None:
+        """Wait until what has been asked for is stored, or was not to be had."""
+        for flight in [*self._flights.values()]:
+            await flight.stored.wait()
+
+    async def _pass(self) -> None:
+        """Check the digest where not everything fits on disk: what memory has dropped is fetched again,
+        and has to be what it was."""
+        for _ in range(FREEZING):  # others may be about to finish what they write
+            if await trio.to_thread.run_sync(self._store.freeze):
+                break
+            await trio.sleep(0.05)
+        assert self.digest is not None
+        algorithm = self.digest.partition(":")[0]
+        found = hashlib.new(algorithm)
+        for number in range(self._count):
+            data = await self.read_at(*self._store.extent(number))
+            await trio.to_thread.run_sync(found.update, data)
+        await self._landed()
+        if f"{algorithm}:{found.hexdigest()}" != self.digest:
+            await trio.to_thread.run_sync(self._store.condemn)
+        elif await trio.to_thread.run_sync(self._store.freeze):
+            self._store.proven()
+        else:
+            raise SourceError(
+                f"{self.name}: can't be verified while other processes fill the cache"
+            )
+
+
+def rows(numbers: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as (first, last) of neighbours, at most ``limit`` of them together."""
+    first = last = -2
+    for number in numbers:
+        if number != last + 1 or number - first >= limit:
+            if first >= 0:
+                yield first, last
+            first = number
+        last = number
+    if first >= 0:
+        yield first, last

@@ -1,0 +1,183 @@
+"""What live mounts tell about themselves: a small JSON file for each, in a directory of their user.
+
+A file is locked by its owner, so one whose owner has died is known by that.  Readers believe nothing of
+it: root reads what other users wrote, who may have put anything there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pwd
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import trio
+
+from pyerofs.errors import one_line
+from pyerofs.system.private import PrivateDirectory
+
+PERIOD = 1.0  # seconds
+SIZE = 16 << 10  # a file is written in one go, padded to this
+MAX_FILES = 1000  # of a directory that are looked at
+MAX_SOURCES = 100  # of a mount that are looked at
+RUN_USER = "/run/user"
+ROOT_DIRECTORY = "/run/pyerofs"
+
+_TEXTS = ("command", "mountpoint", "source", "name")
+_NUMBERS = (
+    "pid", "since", "fetching", "size", "cached", "requests", "fetched", "retries",
+)  # fmt: skip
+_FLAGS = ("complete", "verified")
+
+
+def directory() -> str:
+    """Where this process puts its file."""
+    return directories(os.getuid())[0]
+
+
+def directories(uid: int) -> list[str]:
+    """Where a user's files may be, the usual place first: there is no runtime directory in su, cron and
+    containers, and a private one below the temporary directory has to do."""
+    if uid == 0:
+        return [ROOT_DIRECTORY]
+    found = []
+    if uid == os.getuid() and (own := os.environ.get("XDG_RUNTIME_DIR")):
+        found.append(own)
+    found.append(os.path.join(RUN_USER, str(uid)))
+    here = [os.path.join(path, "pyerofs") for path in found if _owned(path, uid)]
+    return [*dict.fromkeys(here), os.path.join(tempfile.gettempdir(), f"pyerofs-{uid}")]
+
+
+def _owned(path: str, uid: int) -> bool:
+    """Whether a user has a directory: after a plain su the variable names somebody else's."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == uid
+
+
+async def publish(about: dict[str, Any], sources: Callable[[], list[dict[str, Any]]]) -> None:
+    """Keep a status file until cancelled.  Does without one where it can't be made."""
+    name = f"{os.getpid()}.json"
+    try:
+        folder = _opened(directory(), os.getuid(), create=True)
+        fd = folder.open_file(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    except OSError:
+        await trio.sleep_forever()
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        last: dict[str, int] = {}
+        written = b""
+        about = about | {"pid": os.getpid(), "since": int(time.time())}
+        while True:
+            now = sources()
+            fetched = {str(i): int(s.get("fetched", 0)) for i, s in enumerate(now)}
+            rate = sum(n - last.get(i, n) for i, n in fetched.items()) / PERIOD
+            last = fetched
+            text = json.dumps(about | {"sources": now, "fetching": rate}).encode()
+            if len(text) < SIZE and text != written:
+                written = text
+                try:
+                    os.pwrite(fd, text.ljust(SIZE), 0)
+                except OSError:
+                    pass  # no room; nobody needs it
+            await trio.sleep(PERIOD)
+    finally:
+        folder.unlink_same(name, fd)
+        os.close(fd)
+
+
+def live() -> Iterator[dict[str, Any]]:
+    """The status of each live mount of this user (root: of all users), checked by ``checked``."""
+    for path, owner in _places():
+        try:
+            folder = _opened(path, owner, create=False)
+            names = sorted(folder.names())[:MAX_FILES]
+        except OSError:
+            continue
+        for name in names:
+            if name.endswith(".json") and (found := _read(folder, name)) is not None:
+                yield found
+
+
+def _opened(path: str, owner: int, *, create: bool) -> PrivateDirectory:
+    """A directory of status files: what is in a runtime directory is trusted as far as that is.
+    Raises OSError."""
+    runtime, name = os.path.split(path)
+    if name != "pyerofs" or path == ROOT_DIRECTORY:
+        return PrivateDirectory.open(path, create=create, owner=owner)
+    above = PrivateDirectory.open(runtime, create=False, owner=owner)
+    return above.subdirectory(name, create=create)
+
+
+def _places() -> Iterator[tuple[str, int]]:
+    """Directories, and who has to own them and all that is in them."""
+    uid = os.getuid()
+    own = dict.fromkeys([directory(), *directories(uid)])
+    yield from ((path, uid) for path in own)
+    if uid != 0:
+        return
+    others = {entry.pw_uid for entry in pwd.getpwall()}
+    try:
+        others |= {int(name) for name in os.listdir(RUN_USER) if name.isascii() and name.isdigit()}
+    except OSError:
+        pass
+    for other in sorted(others - {0}):
+        yield from ((path, other) for path in directories(other))
+
+
+def _read(folder: PrivateDirectory, name: str) -> dict[str, Any] | None:
+    """What a mount says of itself; None where it has ended.  What a dead one of ours left goes."""
+    try:
+        fd = folder.open_file(name, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return checked(json.loads(os.pread(fd, SIZE, 0)))
+        if folder.owner == os.geteuid():
+            folder.unlink_same(name, fd)
+    except (OSError, ValueError, RecursionError):
+        pass
+    finally:
+        os.close(fd)
+    return None
+
+
+def checked(value: object) -> dict[str, Any] | None:
+    """A status as others may have written it, with the fields that are known and of the right type;
+    None where it is none.  Texts are of one printable line."""
+    if not isinstance(value, dict) or not isinstance(value.get("mountpoint"), str):
+        return None
+    sources = value.get("sources")
+    found = _fields(value)
+    found["sources"] = [
+        _fields(s) | {"name": one_line(str(s.get("name", "?")))}
+        for s in (sources if isinstance(sources, list) else [])[:MAX_SOURCES]
+        if isinstance(s, dict)
+    ]
+    return found
+
+
+def _fields(value: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key in _TEXTS:
+        if isinstance(text := value.get(key), str):
+            found[key] = one_line(text)
+    for key in _NUMBERS:
+        number: Any = value.get(key)
+        whole = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if whole and 0 <= number < 1 << 63:  # which is false for what is no number
+            found[key] = number
+    for key in _FLAGS:
+        if isinstance(flag := value.get(key), bool):
+            found[key] = flag
+    return found
