@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Sequence
-from contextlib import aclosing, asynccontextmanager
-from typing import Any, TypeVar, TypeVarTuple
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from functools import partial
+from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 import trio
 
@@ -51,8 +52,49 @@ BATCH_NS = 3_000_000  # of decoding that make one job for a thread when decoding
 MAX_BATCHES = 8  # jobs ahead of all readers together
 
 
+class Schedule(Protocol):
+    """When an AsyncImage may hold the event loop: what only its front-end can know."""
+
+    @property
+    def ahead(self) -> int | None:
+        """Bytes to decode ahead of a sequential reader; None: as the cache's size suggests."""
+
+    def may_block(self, ns: float) -> bool:
+        """Whether the event loop may work for so many nanoseconds now, or wait for a disk: nobody else
+        wants anything of it.  What takes about as long as telling a thread is done anyway."""
+
+
+class Considerate:
+    """The Schedule of an image that shares its event loop with tasks that it knows nothing of."""
+
+    ahead: int | None = None
+
+    def may_block(self, ns: float) -> bool:
+        return False
+
+
+CONSIDERATE = Considerate()
+
+
+def open(
+    what: Openable,
+    *,
+    offset: int = 0,
+    devices: Sequence[Openable] = (),
+    cache_size: int = DEFAULT_CACHE_SIZE,
+    access: Access | None = None,
+) -> AbstractAsyncContextManager[AsyncImage]:
+    """Open an EROFS image for the time of an ``async with`` block.
+
+    The arguments and errors are those of ``pyerofs.open``."""
+    return open_scheduled(
+        CONSIDERATE, what, offset=offset, devices=devices, cache_size=cache_size, access=access
+    )
+
+
 @asynccontextmanager
-async def open(
+async def open_scheduled(
+    schedule: Schedule,
     what: Openable,
     *,
     offset: int = 0,
@@ -60,9 +102,7 @@ async def open(
     cache_size: int = DEFAULT_CACHE_SIZE,
     access: Access | None = None,
 ) -> AsyncIterator[AsyncImage]:
-    """Open an EROFS image for the time of an ``async with`` block.
-
-    The arguments and errors are those of ``pyerofs.open``."""
+    """The same for a front-end that knows when the image may hold the event loop."""
     access = access or Access()
     opened: list[AsyncSource] = []
     try:
@@ -71,7 +111,7 @@ async def open(
             try:
                 for item in named(what, offset, devices):
                     opened.append(await open_one(item, access, nursery))  # noqa: PERF401
-                image = AsyncImage(opened, nursery, cache_size)
+                image = AsyncImage(opened, nursery, cache_size, schedule)
                 await image.start()
                 yield image
             except BaseException as e:
@@ -96,6 +136,19 @@ class Flight:
         self.error: ErofsError | None = None
 
 
+class Pending:
+    """A read that has to wait."""
+
+    __slots__ = ("_rest",)
+
+    def __init__(self, rest: Callable[[], Awaitable[Buffer]]) -> None:
+        self._rest = rest
+
+    async def finish(self) -> Buffer:
+        """What was read.  Raises as ``read_data`` does."""
+        return await self._rest()
+
+
 class AsyncImage:
     """An open EROFS image.  Made by ``pyerofs.aio.open``; for one event loop.
 
@@ -109,21 +162,25 @@ class AsyncImage:
         sources: Sequence[AsyncSource],
         nursery: trio.Nursery,
         cache_size: int = DEFAULT_CACHE_SIZE,
+        schedule: Schedule = CONSIDERATE,
     ) -> None:
         """``nursery``: for decoding ahead, in the background."""
         self._sources = tuple(sources)
         self._nursery = nursery
         self._batches = 0
-        self.ahead = min(AHEAD, cache_size // 8)
+        self._may_block = schedule.may_block
+        ahead = schedule.ahead
+        self.ahead = min(AHEAD, cache_size // 8) if ahead is None else ahead
         self.far = not self.local  # when it was opened
+        self._flights: dict[Hashable, Flight] = {}
         self.memory = FaultingMemory(
             [s.peek for s in sources],
             [s.size for s in sources],
             [s.name for s in sources],
             cache_size,
+            may_block=self._may_block,
+            under_way=self._flights,
         )
-        self._flights: dict[Hashable, Flight] = {}
-        self.memory.under_way = self._flights
         self._decoders = trio.CapacityLimiter(os.cpu_count() or 1)
 
     async def start(self) -> None:
@@ -162,8 +219,11 @@ class AsyncImage:
         """Call a parser function until nothing that it needs is missing."""
         try:
             return function(*args)
-        except Fault as e:
-            fault = e
+        except Fault as fault:
+            return await self.resume(fault, function, *args)
+
+    async def resume(self, fault: Fault, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        """The same after a first call has ended with ``fault``."""
         memory = self.memory
         pins: dict[object, Buffer] = {}
         pinned = 0
@@ -179,18 +239,16 @@ class AsyncImage:
             pinned += len(found)
             if pinned > MAX_PINNED:
                 break
-            memory.pins = pins
             try:
-                return function(*args)
+                with memory.pinned(pins):
+                    return function(*args)
             except Fault as e:
                 fault = e
-            finally:
-                memory.pins = {}
         raise ErofsError(f"one operation needs more than {MAX_FAULTS} pieces or {MAX_PINNED} bytes")
 
     async def _fetch(self, device: int, offset: int, length: int) -> Buffer:
         source = self._sources[device]
-        if source.blocking is not None and source.quick and self.memory.may_take(QUICK_NS):
+        if source.blocking is not None and source.quick and self._may_block(QUICK_NS):
             return source.blocking.read_at(offset, length)
         return await self._once(
             (device, offset, length), lambda: source.read_at(offset, length), lambda _: True
@@ -215,7 +273,7 @@ class AsyncImage:
             source = self._sources[e.device]
             if e.window:
                 encoded = await self.call(memory.encoded, pcluster)
-            elif source.blocking is None or (source.quick and memory.may_take(QUICK_NS)):
+            elif source.blocking is None or (source.quick and self._may_block(QUICK_NS)):
                 encoded = await self._fetch(e.device, e.offset, e.length)
             else:  # one trip to a thread for both
                 try:
@@ -463,27 +521,66 @@ class AsyncImage:
     ) -> Buffer:
         """Like ``read`` of an inode's data of any type, and without a copy where possible.
         ``sparse``: what lies behind it is not likely to be read soon."""
+        found = self.read_now(inode, offset, length, sparse)
+        return await found.finish() if isinstance(found, Pending) else found
+
+    def read_now(
+        self, inode: Inode, offset: int, length: int, sparse: bool = False
+    ) -> Buffer | Pending:
+        """The same where that takes no waiting; else what is left to do.  Raises ErofsError."""
         try:
-            return data.read(self.volume, inode, offset, length, sparse)
-        except Fault:
-            pass
-        found = await self.call(self._map, inode, offset, length)
-        end = min(offset + length, inode.size)
-        cuts = [
-            (e, max(offset, e.start) - e.start, min(end, e.end) - max(offset, e.start))
-            for e in found
-        ]
-        if len(cuts) == 1:
-            return await self._piece(inode, *cuts[0], sparse)
-        parts: list[Buffer] = [b""] * len(cuts)
-        todo = iter(range(len(cuts)))
+            cuts = list(data.cuts(self.volume, inode, offset, length))
+        except Fault as fault:
+            return Pending(partial(self._map_and_read, fault, inode, offset, length, sparse))
+        parts: list[Buffer] = []
+        try:
+            for cut in cuts:
+                parts.append(data.piece(self.volume, inode, *cut, sparse))  # noqa: PERF401
+        except Fault as fault:
+            return Pending(partial(self._read_rest, fault, inode, cuts, parts, sparse))
+        return data.joined(parts)
+
+    async def _map_and_read(
+        self, fault: Fault, inode: Inode, offset: int, length: int, sparse: bool
+    ) -> Buffer:
+        """Read after a fault in mapping the range."""
+
+        def cuts() -> list[data.Cut]:
+            return list(data.cuts(self.volume, inode, offset, length))
+
+        return await self._read_cuts(inode, await self.resume(fault, cuts), [], sparse)
+
+    async def _read_rest(
+        self,
+        fault: Fault,
+        inode: Inode,
+        cuts: list[data.Cut],
+        parts: list[Buffer],
+        sparse: bool,
+    ) -> Buffer:
+        """Read after a fault in the piece that comes after ``parts``."""
+        if len(parts) + 1 == len(cuts):
+            parts.append(await self._piece(inode, *cuts[-1], sparse, fault))
+            return data.joined(parts)
+        return await self._read_cuts(inode, cuts, parts, sparse)
+
+    async def _read_cuts(
+        self, inode: Inode, cuts: list[data.Cut], parts: list[Buffer], sparse: bool
+    ) -> Buffer:
+        """Read what comes after ``parts``, several pieces at the same time."""
+        first = len(parts)
+        parts += [b""] * (len(cuts) - first)
+        todo = iter(range(first, len(cuts)))
 
         async def get(_: int) -> None:
             for i in todo:
                 parts[i] = await self._piece(inode, *cuts[i], sparse)
 
-        await run_all(get, range(min(len(cuts), MAX_PIECES)))
-        return b"".join(parts)
+        if len(cuts) - first == 1:
+            await get(first)
+        else:
+            await run_all(get, range(min(len(cuts) - first, MAX_PIECES)))
+        return data.joined(parts)
 
     async def extents(self, path: Target) -> list[Extent]:
         """The extent map of a file, directory or link."""
@@ -494,24 +591,31 @@ class AsyncImage:
         return list(extents(self.volume, inode, offset, length))
 
     async def _piece(
-        self, inode: Inode, extent: Extent, skip: int, length: int, sparse: bool
+        self,
+        inode: Inode,
+        extent: Extent,
+        skip: int,
+        length: int,
+        sparse: bool,
+        fault: Fault | None = None,
     ) -> Buffer:
-        """The asynchronous twin of ``data.piece``."""
+        """The asynchronous twin of ``data.piece``.  ``fault``: what that has ended with."""
         if extent.kind == ENCODED:
-            wanted = data.pcluster(self.volume, inode, extent)
-            if sparse:
-                wanted = self.memory.enough(wanted, skip + length)
+            if isinstance(fault, NotDecoded):
+                wanted = fault.pcluster
+            else:
+                wanted = data.pcluster(self.volume, inode, extent)
+                if sparse:
+                    wanted = self.memory.enough(wanted, skip + length)
             decoded = await self._decoded(wanted)
             return memoryview(decoded)[skip : skip + length]
-        if extent.kind == PLAIN:
-            address = extent.address + skip
-            return await self.call(self.memory.raw, extent.device, address, length)
         if extent.kind == FRAGMENT:
             packed = await self.call(data.packed_inode, self.volume, inode)
             found = await self.read_data(packed, extent.address + skip, length)
             data.check_fragment(inode, found, length)
             return found
-        return await self.call(data.piece, self.volume, inode, extent, skip, length)
+        again = partial(data.piece, self.volume, inode, extent, skip, length)
+        return await (self.call(again) if fault is None else self.resume(fault, again))
 
 
 async def run_all(function: Callable[[int], Awaitable[None]], numbers: Sequence[int]) -> None:
@@ -548,11 +652,10 @@ class AsyncFile:
         self._ahead = 0  # what comes next has been asked for up to here
         self.sequential = True  # how it was read lately
 
-    def read_now(self, offset: int, length: int) -> Buffer:
-        """Like ``read_at`` where that need not wait.  Raises a Fault where it would; then go on with
-        ``AsyncImage.read_data``, for this has taken note of the read."""
+    def read_now(self, offset: int, length: int) -> Buffer | Pending:
+        """Like ``read_at`` where that takes no waiting; else what is left to do."""
         self._foresee(offset, length)
-        return data.read(self.image.volume, self.inode, offset, length, not self.sequential)
+        return self.image.read_now(self.inode, offset, length, not self.sequential)
 
     async def read_at(self, offset: int, length: int) -> Buffer:
         """Up to ``length`` bytes at ``offset``; fewer only at the file's end."""

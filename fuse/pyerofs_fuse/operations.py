@@ -1,4 +1,5 @@
-"""pyfuse3's operations over an AsyncImage: an adapter, with no logic of the format in it.
+"""pyfuse3's operations over an AsyncImage: an adapter, with no logic of the format in it.  As they know
+what else waits for the event loop, they are also that image's Schedule.
 
 Node ids are inode numbers, which are nids in another notation, and handles are node ids, so no table
 of inodes or handles is kept, and any process that serves the mount can answer any request.  Most
@@ -21,7 +22,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext
 
-from pyerofs.aio import AsyncFile, AsyncImage
+from pyerofs.aio import AsyncFile, AsyncImage, Pending
 from pyerofs.errors import CorruptImage, ErofsError
 from pyerofs.format import directory, tree, xattr
 from pyerofs.format import inode as inodes
@@ -123,9 +124,6 @@ class Operations(pyfuse3.Operations):
         self._volume = image.volume
         self._root_nid = image.volume.sb.root_nid
         self._attr.st_blksize = image.volume.sb.block_size
-        image.memory.may_take = self._may_take
-        if self._turns.shared:
-            image.ahead = 0  # what comes next may be asked of another process
 
     def init(self) -> None:
         """The kernel says hello; what else it says waits until there are all who answer."""
@@ -144,8 +142,13 @@ class Operations(pyfuse3.Operations):
         """How many operations wait for a thread or the network (or are about to)."""
         return len(self._waiting)
 
-    def _may_take(self, ns: float) -> bool:
-        """Whether the event loop may be held for so long."""
+    @property
+    def ahead(self) -> int | None:
+        """As a ``Schedule``: nothing where what comes next may be asked of another process."""
+        return 0 if self._turns.shared else None
+
+    def may_block(self, ns: float) -> bool:
+        """As a ``Schedule``: while no other operation waits."""
         return len(self._waiting) <= 1 and self._turns.may_be_busy(ns)
 
     def report(self, e: ErofsError) -> None:
@@ -159,8 +162,8 @@ class Operations(pyfuse3.Operations):
         """Call a parser function; wait only if something it needs is not in memory."""
         try:
             return function(*args)
-        except Fault:
-            return await self._wait(self._image.call(function, *args))
+        except Fault as fault:
+            return await self._wait(self._image.resume(fault, function, *args))
 
     async def _wait(self, work: Awaitable[T]) -> T:
         scope = trio.CancelScope()
@@ -407,12 +410,11 @@ class Operations(pyfuse3.Operations):
         open or opening, and should another process get to open one just then, it waits."""
         inode = file.inode
         try:
-            try:
-                found = file.read_now(0, inode.size)
-            except Fault:
+            found = file.read_now(0, inode.size)
+            if isinstance(found, Pending):
                 if not self._image.local:
                     return  # opening alone must not fetch from afar
-                found = await self._wait(self._image.read_data(inode, 0, inode.size))
+                found = await self._wait(found.finish())
             with self._handles.storing(node):
                 if self._handles.count(node) == 1:
                     pyfuse3.notify_store(node, 0, found)  # type: ignore[arg-type]
@@ -427,13 +429,8 @@ class Operations(pyfuse3.Operations):
         if size >= LONG_READ:
             self._turns.pass_on()
         file = self._files.get(fh) or await self._file(fh)
-        try:
-            found = file.read_now(off, size)
-        except Fault:
-            found = await self._wait(
-                self._image.read_data(file.inode, off, size, not file.sequential)
-            )
-        return found
+        found = file.read_now(off, size)
+        return await self._wait(found.finish()) if isinstance(found, Pending) else found
 
     @answers(metadata=True)
     async def release(self, fh: int) -> None:

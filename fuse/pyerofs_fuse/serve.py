@@ -18,8 +18,7 @@ from typing import NamedTuple, NoReturn
 import pyfuse3
 import trio
 
-import pyerofs.aio
-from pyerofs.aio import AsyncImage
+from pyerofs.aio import AsyncImage, Schedule, open_scheduled
 from pyerofs.errors import CorruptImage, ErofsError, UnsupportedFeature
 from pyerofs.image import Image
 from pyerofs.prefetch import paths_of, prefetch_metadata, prefetch_paths
@@ -86,7 +85,7 @@ async def _serve_alone(job: Job, operations: Operations) -> None:
     size = job.options.cache_size
     # signals first: once there is a mount, none may end us without unmounting
     with trio.open_signal_receiver(*SIGNALS) as signals:
-        async with pyerofs.aio.open(job.spec, cache_size=size, access=access) as image:
+        async with open_scheduled(operations, job.spec, cache_size=size, access=access) as image:
             waiting.close()
             operations.attach(image)
             with mounted(operations, job.options, job.spec.name):
@@ -129,7 +128,7 @@ async def _serve_with(
 ) -> None:
     with trio.open_signal_receiver(*SIGNALS) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        async with _opened(job, crew, sources) as image, trio.open_nursery() as nursery:
+        async with _opened(job, crew, sources, operations) as image, trio.open_nursery() as nursery:
             operations.attach(image)
             nursery.start_soon(_end_with, crew)
             await _lead(job, operations, image, signals)
@@ -146,7 +145,7 @@ def _work(job: Job, operations: Operations, crew: Crew, sources: Sequence[Source
     """Answer requests until the mount is gone."""
 
     async def work() -> None:
-        async with _opened(job, crew, sources) as image:
+        async with _opened(job, crew, sources, operations) as image:
             operations.attach(image)
             _keep_moving()
             await pyfuse3.main()
@@ -164,11 +163,11 @@ def _work(job: Job, operations: Operations, crew: Crew, sources: Sequence[Source
 
 
 def _opened(
-    job: Job, crew: Crew, sources: Sequence[Source]
+    job: Job, crew: Crew, sources: Sequence[Source], schedule: Schedule
 ) -> AbstractAsyncContextManager[AsyncImage]:
     """The image in one of several processes, each with its part of the memory."""
     size = job.options.cache_size // crew.size
-    return pyerofs.aio.open(sources[0], devices=sources[1:], cache_size=size)
+    return open_scheduled(schedule, sources[0], devices=sources[1:], cache_size=size)
 
 
 def _keep_moving() -> None:

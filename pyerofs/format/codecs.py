@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from pyerofs.errors import UnsupportedFeature
@@ -287,3 +288,19 @@ def decode(
     if algorithm == ALG_INTERLACED:
         return interlaced(data, length, shift)
     raise UnsupportedFeature(f"compression algorithm {algorithm}")
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """``decode`` for one image: what its superblock says about its streams."""
+
+    zero_padded: bool = True
+    lzma_dict_size: int = LZMA_MAX_DICT_SIZE
+
+    def __call__(
+        self, algorithm: int, data: Buffer, length: int, partial: bool, shift: int
+    ) -> Buffer:
+        return decode(
+            algorithm, data, length, partial,
+            zero_padded=self.zero_padded, lzma_dict_size=self.lzma_dict_size, shift=shift,
+        )  # fmt: skip

@@ -6,7 +6,9 @@ asynchronous one: directories, long symlinks, the packed inode and the metabox.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import TypeAlias
 
 from pyerofs.errors import CorruptImage, ErofsError
 from pyerofs.format import inode as inodes
@@ -25,18 +27,28 @@ def read(vol: Volume, inode: Inode, offset: int, length: int, sparse: bool = Fal
     lies within one pcluster.  ``sparse``: what lies behind it is not likely to be read soon.
 
     Raises CorruptImage, SourceError, or a Fault of the memory."""
+    return joined([piece(vol, inode, *cut, sparse) for cut in cuts(vol, inode, offset, length)])
+
+
+Cut: TypeAlias = tuple[Extent, int, int]  # of an extent: from which of its bytes on, and how many
+
+
+def cuts(vol: Volume, inode: Inode, offset: int, length: int) -> Iterator[Cut]:
+    """What ``read`` takes of which extents, in order.  Raises as ``read`` does."""
     end = min(offset + length, inode.size)
     if offset >= end:
-        return b""
+        return
     if end - offset > MAX_READ:
         raise ErofsError(
             f"read of {end - offset} bytes of nid {inode.nid}; read at most {MAX_READ} at once"
         )
-    parts = []
     for extent in extents(vol, inode, offset, length):
         start = max(offset, extent.start)
-        n = min(end, extent.end) - start
-        parts.append(piece(vol, inode, extent, start - extent.start, n, sparse))
+        yield extent, start - extent.start, min(end, extent.end) - start
+
+
+def joined(parts: Sequence[Buffer]) -> Buffer:
+    """Buffers as one; a single one is not copied."""
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
@@ -113,5 +125,4 @@ def attach_metabox(vol: Volume) -> None:
         if not metabox.is_file:
             raise CorruptImage("metabox inode is not a file", nid=metabox.nid)
         vol.metabox = metabox
-        vol.memory.metabox_size = metabox.size
-        vol.memory.read_metabox = partial(read, vol, metabox)
+        vol.memory.add_metabox(metabox.size, partial(read, vol, metabox))

@@ -14,11 +14,12 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from pyerofs.errors import CorruptImage
-from pyerofs.format.codecs import LZMA_MAX_DICT_SIZE, STOP_EARLY, DecodeError, decode
+from pyerofs.format.codecs import STOP_EARLY, DecodeError, Decoder
 from pyerofs.format.ondisk import (
     ALG_DEFLATE,
     ALG_INTERLACED,
@@ -135,11 +136,19 @@ class Memory(ABC):
         self._names = tuple(names)
         self.windows: ByteCache[int, Buffer] = ByteCache(max(cache_size // 4, WINDOW_SIZE))
         self.pclusters: ByteCache[PclusterKey, Buffer] = ByteCache(cache_size - cache_size // 4)
-        self.zero_padded = True
-        self.lzma_dict_size = LZMA_MAX_DICT_SIZE
-        self.metabox_size = 0
-        self.read_metabox: Callable[[int, int], Buffer] | None = None  # set once it is known
+        self._decoder = Decoder()
+        self._metabox_size = 0
+        self._read_metabox: Callable[[int, int], Buffer] | None = None
         self.decodes = 0  # pclusters decoded so far
+
+    def decode_with(self, decoder: Decoder) -> None:
+        """Decode as the image's superblock wants it, which has been read through this memory."""
+        self._decoder = decoder
+
+    def add_metabox(self, size: int, read: Callable[[int, int], Buffer]) -> None:
+        """Have the pseudo device METABOX, of ``size`` bytes, read by ``read(offset, length)``."""
+        self._metabox_size = size
+        self._read_metabox = read
 
     # metadata ---------------------------------------------------------------------------
 
@@ -157,23 +166,23 @@ class Memory(ABC):
         return self._across(device, offset, length), 0
 
     def _window(self, device: int, index: int) -> Buffer:
-        size = self.metabox_size if device == METABOX else self.sizes[device]
+        size = self._metabox_size if device == METABOX else self.sizes[device]
         start = index << WINDOW_BITS
         if not 0 <= start < size:
             raise CorruptImage(f"reference beyond the end of {self._name(device)}", offset=start)
         length = min(WINDOW_SIZE, size - start)
         if device != METABOX:
             window = self._load(device, start, length, True)
-        elif self.read_metabox is None:
+        elif self._read_metabox is None:
             raise CorruptImage("inode in a metabox, but the image has none")
         else:
-            window = self.read_metabox(start, length)
+            window = self._read_metabox(start, length)
         self.windows.put(index * DEVICES + device, window)
         return window
 
     def _across(self, device: int, offset: int, length: int) -> Buffer:
         """Bytes that span windows.  Callers bound ``length`` by what the format allows."""
-        size = self.metabox_size if device == METABOX else self.sizes[device]
+        size = self._metabox_size if device == METABOX else self.sizes[device]
         if offset < 0 or length < 0 or offset + length > size:
             raise CorruptImage(
                 f"{length} bytes reach beyond the end of {self._name(device)} ({size} bytes)",
@@ -243,14 +252,8 @@ class Memory(ABC):
         if pcluster.size > PCLUSTER_MAX_SIZE or pcluster.length > PCLUSTER_MAX_DSIZE:
             raise pcluster.corrupt(f"{pcluster.size} bytes for {pcluster.length}")
         try:
-            out = decode(
-                pcluster.algorithm,
-                data,
-                pcluster.length,
-                pcluster.partial,
-                zero_padded=self.zero_padded,
-                lzma_dict_size=self.lzma_dict_size,
-                shift=pcluster.shift,
+            out = self._decoder(
+                pcluster.algorithm, data, pcluster.length, pcluster.partial, pcluster.shift
             )
         except DecodeError as e:
             raise pcluster.corrupt(str(e)) from None
@@ -311,21 +314,38 @@ def cheap(pcluster: Pcluster) -> bool:
 class FaultingMemory(Memory):
     """Answers from memory, decodes what is cheap, raises Faults for the rest.
 
-    For one event loop's thread.  ``pins`` holds, for the duration of one parser call, what was
-    fetched for it, so that the call makes progress however small the caches are.  ``may_take``
-    tells whether so many nanoseconds of work on the event loop hurt nobody, as things are."""
+    For one event loop's thread."""
 
     def __init__(
-        self, peeks: Sequence[Peek], sizes: Sequence[int], names: Sequence[str], cache_size: int
+        self,
+        peeks: Sequence[Peek],
+        sizes: Sequence[int],
+        names: Sequence[str],
+        cache_size: int,
+        *,
+        may_block: Callable[[float], bool] = lambda ns: False,
+        under_way: Container[object] = (),
     ) -> None:
+        """``may_block``: whether the event loop may work for so many nanoseconds now.  ``under_way``:
+        the keys of pclusters that a task or thread is decoding."""
         super().__init__(sizes, names, cache_size)
         self._peeks = tuple(peeks)
-        self.pins: dict[object, Buffer] = {}
-        self.may_take: Callable[[float], bool] = lambda ns: False
-        self.under_way: Container[object] = ()  # keys of pclusters that somebody is decoding
+        self._pins: Mapping[object, Buffer] = {}
+        self._may_block = may_block
+        self._under_way = under_way
+
+    @contextmanager
+    def pinned(self, pins: Mapping[object, Buffer]) -> Iterator[None]:
+        """Within, answer from ``pins`` first: what was fetched for one parser call, by (device, offset,
+        length) or Pcluster.  So the call makes progress however small the caches are."""
+        self._pins = pins
+        try:
+            yield
+        finally:
+            self._pins = {}
 
     def _load(self, device: int, offset: int, length: int, window: bool) -> Buffer:
-        if self.pins and (pinned := self.pins.get((device, offset, length))) is not None:
+        if self._pins and (pinned := self._pins.get((device, offset, length))) is not None:
             return pinned
         data = self._peeks[device](offset, length)
         if data is None:
@@ -335,12 +355,12 @@ class FaultingMemory(Memory):
     def decodes_here(self, pcluster: Pcluster) -> bool:
         """Whether a pcluster is decoded on the event loop, as things are."""
         ns = decode_ns(pcluster)
-        return ns < INLINE_NS or self.may_take(ns)
+        return ns < INLINE_NS or self._may_block(ns)
 
     def _decode(self, pcluster: Pcluster) -> Buffer:
-        if (pinned := self.pins.get(pcluster)) is not None:
+        if (pinned := self._pins.get(pcluster)) is not None:
             return pinned
-        if pcluster.key in self.under_way or not self.decodes_here(pcluster):
+        if pcluster.key in self._under_way or not self.decodes_here(pcluster):
             raise NotDecoded(pcluster)
         return self.decode(pcluster, self.encoded(pcluster))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyerofs.errors import CorruptImage, DeviceMissing, ErofsError
+from pyerofs.format.codecs import Decoder
 from pyerofs.format.memory import METABOX, Memory
 from pyerofs.format.model import Inode
 from pyerofs.format.ondisk import ISLOT_BITS, NID_MASK, NID_METABOX_BIT
@@ -40,8 +41,7 @@ class Volume:
         self.root: Inode | None = None
         self.known: dict[tuple[int, bytes], Inode] = {}  # what path look-ups found lately
         self.prefixes: tuple[tuple[int, bytes], ...] | None = None  # long xattr prefixes
-        memory.zero_padded = sb.zero_padded
-        memory.lzma_dict_size = sb.lzma_dict_size
+        memory.decode_with(Decoder(sb.zero_padded, sb.lzma_dict_size))
 
     @property
     def missing_devices(self) -> int:

@@ -74,8 +74,8 @@ def test_public_classes_are_documented(cls: type) -> None:
 
 def test_both_apis_have_the_same_methods_and_arguments() -> None:
     own = {
-        "call", "start", "child", "block_entries", "read_data", "decode_ahead", "will_need",
-        "inode_needed", "status",
+        "call", "resume", "start", "child", "block_entries", "read_data", "read_now",
+        "decode_ahead", "will_need", "inode_needed", "status",
     }  # fmt: skip  # for front-ends
     blocking = {n for n, m in vars(Image).items() if n[0] != "_" and inspect.isfunction(m)}
     waiting = {n for n, m in vars(AsyncImage).items() if n[0] != "_" and inspect.isfunction(m)}
