@@ -36,7 +36,7 @@ from pyerofs.format.model import ENCODED, FRAGMENT, PLAIN, Dirent, Extent, Inode
 from pyerofs.format.tree import PathLike, Stat
 from pyerofs.format.volume import Volume
 from pyerofs.image import Target
-from pyerofs.sources.base import QUICK_NS, AsyncSource, Buffer, Source, verifiable
+from pyerofs.sources.base import QUICK_NS, AsyncSource, Buffer, Source
 from pyerofs.sources.open import Openable, named, open_one
 from pyerofs.sources.spec import Access
 
@@ -205,7 +205,7 @@ class AsyncImage:
     async def verify(self, *, rest: bool = True) -> None:
         """As ``Image.verify``."""
         for source in self._sources:
-            digested = verifiable(source)
+            digested = source.verifiable
             if digested is not None and (rest or digested.whole):
                 await digested.verify()
 

@@ -30,7 +30,7 @@ from pyerofs.format.ondisk import (
     PCLUSTER_MAX_DSIZE,
     PCLUSTER_MAX_SIZE,
 )
-from pyerofs.sources.base import Buffer, Source
+from pyerofs.sources.base import Buffer, Source, data_from
 
 WINDOW_BITS = 16  # 64 KiB: one request for hundreds of inodes, small beside the cache
 WINDOW_SIZE = 1 << WINDOW_BITS
@@ -290,8 +290,7 @@ class BlockingMemory(Memory):
         return self.decode(pcluster, self.encoded(pcluster))
 
     def data_from(self, device: int, offset: int) -> int:
-        look = getattr(self._sources[device], "data_from", None)
-        return offset if look is None else int(look(offset))
+        return data_from(self._sources[device], offset)
 
 
 Peek = Callable[[int, int], Buffer | None]

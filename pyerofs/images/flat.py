@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
 
 from pyerofs.errors import ErofsError, SourceError
 from pyerofs.format.placement import flat_layout
-from pyerofs.sources.base import AsyncSource, Buffer, Source, check_range, within
-
-if TYPE_CHECKING:
-    from pyerofs.sources.spec import SourceSpec
+from pyerofs.sources.base import AsyncSource, Buffer, check_range, within
 
 SECTOR = 512  # a device's size is a multiple of this
 
 
-class FlatSource:
+class FlatSource(AsyncSource):
     """Sources at given offsets, in order, and zeros between them and up to ``size``.  Owns them."""
 
     def __init__(self, parts: Sequence[tuple[int, int, AsyncSource]], size: int) -> None:
@@ -25,10 +21,6 @@ class FlatSource:
         self._starts = [start for start, _, _ in self._parts]
         self.size = size
         self.name = " + ".join(source.name for _, _, source in parts)
-        self.backing = None
-        self.blocking: Source | None = None
-        self.quick = False
-        self.pinned: SourceSpec | None = None
 
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[AsyncSource | None, int, int]]:
         """(source, offset within it, length); no source for zeros."""
@@ -71,9 +63,6 @@ class FlatSource:
             for source, at, n in self._pieces(offset, length)
         ]
         return found[0] if len(found) == 1 else b"".join(found)
-
-    def status(self) -> dict[str, Any]:
-        return {"name": self.name, "size": self.size}
 
     async def forget(self, offset: int, length: int) -> bool:
         found = False

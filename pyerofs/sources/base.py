@@ -7,11 +7,14 @@
   answer None, and it answers None rather than report an error.
 - ``size`` is known from the start and does not change.
 
-This module imports only ``pyerofs.errors`` and names types.
+A ``Source`` is a protocol: any object with these members will do, and two more that are asked for by
+``hint`` and ``data_from``.  An ``AsyncSource`` is a base class: five members make one, capabilities
+have defaults, and a ``Wrapper`` overrides what it changes.  tests/contract.py is what each one proves.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
@@ -60,57 +63,8 @@ class Source(Protocol):
         """Release what is held.  Idempotent; reads afterwards raise."""
 
 
-class AsyncSource(Protocol):
-    """Bytes to be read by trio tasks."""
-
-    @property
-    def name(self) -> str:
-        """How messages call this source."""
-
-    @property
-    def size(self) -> int:
-        """Bytes in all."""
-
-    def peek(self, offset: int, length: int) -> Buffer | None:
-        """The bytes if they can be had without waiting."""
-
-    def will_need(self, offset: int, length: int) -> None:
-        """A hint that a range is wanted soon.  Never blocks or raises; may do nothing."""
-
-    @property
-    def blocking(self) -> Source | None:
-        """The same bytes for worker threads, where that costs nothing; else None."""
-
-    @property
-    def backing(self) -> tuple[int, int] | None:
-        """As for a Source.  May change from None to a value when a download is complete."""
-
-    @property
-    def quick(self) -> bool:
-        """Whether ``blocking`` has lately answered within QUICK_NS, so that an event loop which has
-        nothing else to do may as well wait for it."""
-
-    @property
-    def pinned(self) -> SourceSpec | None:
-        """The same bytes by a name that can't come to mean others; None where there is no such."""
-
-    def status(self) -> dict[str, Any]:
-        """For people: ``name`` and ``size``; remote sources tell what was fetched and cached."""
-
-    async def read_at(self, offset: int, length: int) -> Buffer:
-        """Exactly ``length`` bytes.  A checkpoint; raises SourceError; cancellable."""
-
-    async def forget(self, offset: int, length: int) -> bool:
-        """Told that what was read here is wrong.  True if reading it again may bring other bytes:
-        what a cache held is dropped."""
-
-    async def aclose(self) -> None:
-        """Release what is held.  Idempotent."""
-
-
-@runtime_checkable
 class Verifiable(Protocol):
-    """A source whose bytes are claimed until a digest of all of them was checked."""
+    """Bytes that are claimed until a digest of all of them was checked."""
 
     @property
     def digest(self) -> str | None:
@@ -146,11 +100,135 @@ class VerifiableSource(Protocol):
         """Fetch what is missing, and check the digest.  Blocks; raises SourceError."""
 
 
-def verifiable(source: AsyncSource) -> Verifiable | None:
-    """What of a source, below what only shows a part of it, can check a digest."""
-    while (inner := getattr(source, "inner", None)) is not None:
-        source = inner
-    return source if isinstance(source, Verifiable) and source.digest is not None else None
+class Hinted:
+    """Capability: a source that can be told what will be read."""
+
+    def will_need(self, offset: int, length: int) -> None:
+        """A hint that a range is wanted soon.  Never blocks or raises; does nothing by default."""
+
+
+class Near:
+    """Capability: bytes that this machine has."""
+
+    @property
+    def blocking(self) -> Source | None:
+        """The same bytes for worker threads, where that costs nothing; else None."""
+        return None
+
+    @property
+    def backing(self) -> tuple[int, int] | None:
+        """As for a Source.  May change from None to a value when a download is complete."""
+        return None
+
+    @property
+    def quick(self) -> bool:
+        """Whether ``blocking`` has lately answered within QUICK_NS, so that an event loop which has
+        nothing else to do may as well wait for it."""
+        return False
+
+
+class Fetched:
+    """Capability: bytes that came from elsewhere."""
+
+    @property
+    def pinned(self) -> SourceSpec | None:
+        """A spec that names exactly these bytes, by digest; None where there is none."""
+        return None
+
+    @property
+    def verifiable(self) -> Verifiable | None:
+        """What can check these bytes by a digest of all of them; None where there is no digest."""
+        return None
+
+    async def forget(self, offset: int, length: int) -> bool:
+        """Drop what a cache holds of a range: its bytes were found to be wrong.  True if reading it
+        again may bring other bytes."""
+        return False
+
+
+class AsyncSource(Hinted, Near, Fetched, ABC):
+    """Bytes to be read by trio tasks.  Derive from it: what a kind of source can't do besides reading
+    has its answer here."""
+
+    name: str  # how messages call this source; never holds a secret
+    size: int  # bytes in all
+
+    @abstractmethod
+    def peek(self, offset: int, length: int) -> Buffer | None:
+        """The bytes if they can be had without waiting.  May be called from any thread."""
+
+    @abstractmethod
+    async def read_at(self, offset: int, length: int) -> Buffer:
+        """Exactly ``length`` bytes.  A checkpoint; raises SourceError; cancellable."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Release what is held.  Idempotent."""
+
+    def status(self) -> dict[str, Any]:
+        """For people: ``name`` and ``size``; far sources add what was fetched and cached."""
+        return {"name": self.name, "size": self.size}
+
+
+class Wrapper(AsyncSource):
+    """A source that shows another one, which it owns.  What is not overridden is the other one's."""
+
+    def __init__(self, inner: AsyncSource) -> None:
+        self.name = inner.name
+        self.size = inner.size
+        self.inner = inner
+
+    def peek(self, offset: int, length: int) -> Buffer | None:
+        return self.inner.peek(offset, length)
+
+    async def read_at(self, offset: int, length: int) -> Buffer:
+        return await self.inner.read_at(offset, length)
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+    def will_need(self, offset: int, length: int) -> None:
+        self.inner.will_need(offset, length)
+
+    @property
+    def blocking(self) -> Source | None:
+        return self.inner.blocking
+
+    @property
+    def backing(self) -> tuple[int, int] | None:
+        return self.inner.backing
+
+    @property
+    def quick(self) -> bool:
+        return self.inner.quick
+
+    @property
+    def pinned(self) -> SourceSpec | None:
+        return self.inner.pinned
+
+    @property
+    def verifiable(self) -> Verifiable | None:
+        return self.inner.verifiable
+
+    def status(self) -> dict[str, Any]:
+        return self.inner.status()
+
+    async def forget(self, offset: int, length: int) -> bool:
+        return await self.inner.forget(offset, length)
+
+
+def hint(source: Source, offset: int, length: int) -> None:
+    """Tell a blocking source that a range is wanted soon, if it has ``will_need``."""
+    will_need = getattr(source, "will_need", None)
+    if will_need is not None:
+        will_need(offset, length)
+
+
+def data_from(source: Source, offset: int) -> int:
+    """Where a blocking source has its next bytes that may be other than zeros, from ``offset`` on;
+    ``offset`` itself where the source has no ``data_from``."""
+    look = getattr(source, "data_from", None)
+    return offset if look is None else int(look(offset))
 
 
 def within(size: int, offset: int, length: int) -> bool:

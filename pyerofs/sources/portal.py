@@ -10,7 +10,7 @@ from typing import TypeAlias, TypeVar, TypeVarTuple
 import trio
 
 from pyerofs.errors import SourceError
-from pyerofs.sources.base import AsyncSource, Buffer, Verifiable, verifiable
+from pyerofs.sources.base import AsyncSource, Buffer, Verifiable
 
 # opens sources; what they run in the background goes into the nursery, which is cancelled before they
 # are closed
@@ -134,7 +134,7 @@ class BlockingSource:
 
     @property
     def _digested(self) -> Verifiable | None:
-        return verifiable(self._inner)
+        return self._inner.verifiable
 
     @property
     def verified(self) -> bool:

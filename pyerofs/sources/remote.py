@@ -11,7 +11,7 @@ from dataclasses import replace
 import trio
 
 from pyerofs.errors import IntegrityError, SourceError
-from pyerofs.sources.base import MAX_BLOB, SEGMENT, AsyncSource, NoRoom, verifiable
+from pyerofs.sources.base import MAX_BLOB, SEGMENT, AsyncSource, NoRoom
 from pyerofs.sources.cache.blobstore import BlobStore
 from pyerofs.sources.cache.cached import CachedSource, Remote
 from pyerofs.sources.cache.cachedir import CacheDir, temporary_file
@@ -64,7 +64,7 @@ async def open_remote(spec: SourceSpec, access: Access, nursery: trio.Nursery) -
 
 async def _verify(source: AsyncSource, access: Access) -> None:
     """Check the digest of a source before any of its bytes is used.  Raises SourceError."""
-    digested = verifiable(source)
+    digested = source.verifiable
     if digested is None:
         raise SourceError(
             f"{source.name}: --verify: there is no digest to check it by (dm-verity has one)"

@@ -20,7 +20,7 @@ from typing import Any
 import trio
 
 from pyerofs.errors import IntegrityError, SourceError
-from pyerofs.sources.base import AsyncSource, Buffer, check_range, within
+from pyerofs.sources.base import AsyncSource, Buffer, Wrapper, check_range, within
 from pyerofs.sources.spec import VeritySpec
 
 log = logging.getLogger("pyerofs")
@@ -198,18 +198,17 @@ async def open_verity(
     return VeritySource(source, found, tree)
 
 
-class VeritySource:
+class VeritySource(Wrapper):
     """The data area of ``inner``, checked.  A mismatch is an IntegrityError with the block."""
 
     blocking = None  # a thread would have to check as well; what is in memory is checked by peek
     backing = None
     quick = False
+    verifiable = None  # each block is checked when it is read
 
     def __init__(self, inner: AsyncSource, parameters: Parameters, hashes: AsyncSource) -> None:
-        self.name = inner.name
+        super().__init__(inner)
         self.size = parameters.data_blocks * parameters.data_block_size
-        self.pinned = inner.pinned
-        self._inner = inner
         self._hashes = hashes
         self._p = parameters
         self._levels = levels(parameters)
@@ -221,7 +220,7 @@ class VeritySource:
         if length <= 0 or length > INLINE or not within(self.size, offset, length):
             return None
         start, end = self._widened(offset, length)
-        data = self._inner.peek(start, end - start)
+        data = self.inner.peek(start, end - start)
         if data is None:
             return None
         first = start // self._p.data_block_size
@@ -230,9 +229,6 @@ class VeritySource:
                 return None  # read_at finds out, or tries again
         return memoryview(data)[offset - start : offset - start + length]
 
-    def will_need(self, offset: int, length: int) -> None:
-        self._inner.will_need(offset, length)
-
     async def read_at(self, offset: int, length: int) -> Buffer:
         check_range(self.name, self.size, offset, length)
         if not length:
@@ -240,13 +236,13 @@ class VeritySource:
         start, end = self._widened(offset, length)
         size = self._p.data_block_size
         wanted = [await self._expected(0, n) for n in range(start // size, end // size)]
-        data = await self._inner.read_at(start, end - start)
+        data = await self.inner.read_at(start, end - start)
         wrong = await self._first_wrong(data, wanted)
-        if wrong is not None and await self._inner.forget(start, end - start):
+        if wrong is not None and await self.inner.forget(start, end - start):
             log.warning(
                 "%s: block %d is spoiled; reading it again", self.name, start // size + wrong
             )
-            data = await self._inner.read_at(start, end - start)
+            data = await self.inner.read_at(start, end - start)
             wrong = await self._first_wrong(data, wanted)
         if wrong is not None:
             block = start // size + wrong
@@ -256,14 +252,11 @@ class VeritySource:
         return memoryview(data)[offset - start : offset - start + length]
 
     def status(self) -> dict[str, Any]:
-        return self._inner.status() | {"verified": True}
-
-    async def forget(self, offset: int, length: int) -> bool:
-        return await self._inner.forget(offset, length)
+        return self.inner.status() | {"verified": True}
 
     async def aclose(self) -> None:
-        await self._inner.aclose()
-        if self._hashes is not self._inner:
+        await self.inner.aclose()
+        if self._hashes is not self.inner:
             await self._hashes.aclose()
 
     def _widened(self, offset: int, length: int) -> tuple[int, int]:

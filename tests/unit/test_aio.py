@@ -23,7 +23,7 @@ from pyerofs.format import data, memory
 from pyerofs.format.extent import extents
 from pyerofs.format.model import ENCODED, Extent, Inode
 from pyerofs.sources import Buffer, MemorySource
-from pyerofs.sources.base import check_range
+from pyerofs.sources.base import AsyncSource, check_range
 from tests import handmade as hm
 from tests.helpers import SilentSource, every_image, handmade, location, open_golden, primary
 from tests.manifests import Entries, Manifest, differences, entry, golden
@@ -135,15 +135,13 @@ def test_the_rest(make: Callable[[bytes], MemorySource] | None) -> None:
 # --- what it costs ----------------------------------------------------------------------------
 
 
-class FarSource:
+class FarSource(AsyncSource):
     """An asynchronous source with nothing at hand.  Where there is a ``gate``, reads wait at it;
     they fail at the offsets in ``broken``."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.name = "far"
-        self.blocking = None
-        self.quick = False
         self.size = len(data)
         self.requests: list[tuple[int, int]] = []
         self.gate: trio.Event | None = None
@@ -151,9 +149,6 @@ class FarSource:
 
     def peek(self, offset: int, length: int) -> Buffer | None:
         return None
-
-    def will_need(self, offset: int, length: int) -> None:
-        pass
 
     async def read_at(self, offset: int, length: int) -> Buffer:
         check_range(self.name, self.size, offset, length)

@@ -9,13 +9,11 @@ import lzma
 import os
 import stat
 import subprocess
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
 import pyerofs
 from pyerofs.errors import SourceError, TruncatedRead
@@ -29,9 +27,9 @@ from pyerofs.sources import (
     Source,
 )
 from pyerofs.sources.local.file import RWF_NOWAIT
-from pyerofs.sources.local.threaded import ThreadedSource
 from pyerofs.sources.open import open_source, open_sources
 from tests import handmade as hm
+from tests.contract import SourceContract
 from tests.helpers import SilentSource, entries_of
 from tests.manifests import differences, golden
 
@@ -108,94 +106,8 @@ def make_source(request: pytest.FixtureRequest, path: Path) -> Iterator[Source]:
         source._file.close()
 
 
-RANGES = [
-    (0, 0),
-    (0, 1),
-    (0, 10_000),
-    (1, 4000),
-    (0, 4001),
-    (4000, 2),
-    (4001, 999),
-    (4999, 3),
-    (5000, 5000),
-    (9999, 1),
-    (10_000, 0),
-]
-
-
-class TestContract:
-    def test_size_and_name(self, source: Source) -> None:
-        assert source.size == 10_000
-        assert isinstance(source.name, str)
-        assert source.name
-
-    @pytest.mark.parametrize(("offset", "length"), RANGES)
-    def test_reads_exactly(self, source: Source, offset: int, length: int) -> None:
-        assert bytes(source.read_at(offset, length)) == DATA[offset : offset + length]
-
-    @pytest.mark.parametrize(("offset", "length"), RANGES)
-    def test_peeks_all_or_nothing(self, source: Source, offset: int, length: int) -> None:
-        found = source.peek(offset, length)
-        assert found is None or bytes(found) == DATA[offset : offset + length]
-
-    @pytest.mark.parametrize(
-        ("offset", "length"),
-        [
-            (0, 10_001),
-            (9999, 2),
-            (10_000, 1),
-            (10_001, 0),
-            (1 << 62, 1),
-            (-1, 1),
-            (-5, 10),
-            (5, -1),
-        ],
-    )
-    def test_out_of_bounds(self, source: Source, offset: int, length: int) -> None:
-        with pytest.raises(TruncatedRead) as error:
-            source.read_at(offset, length)
-        assert source.name in str(error.value)
-        assert source.peek(offset, length) is None
-
-    def test_from_many_threads(self, source: Source) -> None:
-        wrong: list[int] = []
-
-        def read(seed: int) -> None:
-            for i in range(200):
-                offset = (seed * 977 + i * 131) % 9000
-                if bytes(source.read_at(offset, 1000)) != DATA[offset : offset + 1000]:
-                    wrong.append(offset)
-
-        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert wrong == []
-
-    def test_closing_twice(self, source: Source) -> None:
-        source.close()
-        source.close()
-
-    def test_from_trio(self, source: Source) -> None:
-        async def main() -> None:
-            threaded = ThreadedSource(source)
-            assert (threaded.size, threaded.name) == (source.size, source.name)
-            found: dict[int, bytes] = {}
-
-            async def read(offset: int) -> None:
-                found[offset] = bytes(await threaded.read_at(offset, 100))
-
-            async with trio.open_nursery() as nursery:
-                for offset in range(0, 10_000, 100):
-                    nursery.start_soon(read, offset)
-            assert b"".join(found[offset] for offset in sorted(found)) == DATA
-            with pytest.raises(TruncatedRead):
-                await threaded.read_at(9999, 2)
-            await threaded.aclose()
-            await threaded.aclose()
-
-        trio.run(main)
+class TestContract(SourceContract):
+    data = DATA
 
 
 class TestFile:

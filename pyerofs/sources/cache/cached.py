@@ -20,7 +20,16 @@ from typing import Any, Protocol
 import trio
 
 from pyerofs.errors import IntegrityError, SourceError
-from pyerofs.sources.base import SEGMENT, SEGMENT_BITS, Buffer, Source, check_range, within
+from pyerofs.sources.base import (
+    SEGMENT,
+    SEGMENT_BITS,
+    AsyncSource,
+    Buffer,
+    Source,
+    Verifiable,
+    check_range,
+    within,
+)
 from pyerofs.sources.cache.blobstore import BlobStore
 from pyerofs.sources.cache.store import segments_of
 from pyerofs.sources.local.threaded import ThreadedSource
@@ -73,7 +82,7 @@ class Flight:
         self.error: SourceError | None = None
 
 
-class CachedSource:
+class CachedSource(AsyncSource):
     """An AsyncSource over a Remote and the store for it; owns both."""
 
     def __init__(
@@ -97,7 +106,7 @@ class CachedSource:
         self._token = trio.lowlevel.current_trio_token()
         self._timeout = timeout
         self._rate = rate
-        self.pinned = pinned
+        self._pinned = pinned
         self._count = segments_of(remote.size)
         self._flights: dict[int, Flight] = {}
         self._requests = trio.CapacityLimiter(REQUESTS)
@@ -138,6 +147,14 @@ class CachedSource:
     @property
     def backing(self) -> tuple[int, int] | None:
         return self._store.backing
+
+    @property
+    def pinned(self) -> SourceSpec | None:
+        return self._pinned
+
+    @property
+    def verifiable(self) -> Verifiable | None:
+        return self if self.digest is not None else None
 
     @property
     def digest(self) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from pyerofs.errors import IntegrityError
-from pyerofs.sources.base import Source
+from pyerofs.sources.base import Source, Verifiable
 from pyerofs.sources.local.threaded import ThreadedSource
 
 PIECE = 4 << 20
@@ -24,6 +24,10 @@ class DigestedSource(ThreadedSource):
         super().__init__(source)
         self.verified = verified
         self.digest = digest
+
+    @property
+    def verifiable(self) -> Verifiable:
+        return self
 
     def status(self) -> dict[str, Any]:
         return super().status() | {"verified": self.verified}

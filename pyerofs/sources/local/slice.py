@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from pyerofs.errors import SourceError
-from pyerofs.sources.base import AsyncSource, Buffer, Source, check_range, within
+from pyerofs.sources.base import (
+    AsyncSource,
+    Buffer,
+    Source,
+    Wrapper,
+    check_range,
+    data_from,
+    hint,
+    within,
+)
 
 
 class SliceSource:
@@ -28,16 +37,12 @@ class SliceSource:
         return self._inner.read_at(self._offset + offset, length)
 
     def will_need(self, offset: int, length: int) -> None:
-        hint = getattr(self._inner, "will_need", None)
-        if hint is not None:
-            hint(self._offset + offset, length)
+        """As an AsyncSource has it."""
+        hint(self._inner, self._offset + offset, length)
 
     def data_from(self, offset: int) -> int:
         """As a FileSource has it."""
-        look = getattr(self._inner, "data_from", None)
-        return (
-            offset if look is None else min(look(self._offset + offset) - self._offset, self.size)
-        )
+        return min(data_from(self._inner, self._offset + offset) - self._offset, self.size)
 
     @property
     def backing(self) -> tuple[int, int] | None:
@@ -48,24 +53,25 @@ class SliceSource:
         self._inner.close()
 
 
-class AsyncSlice:
+class AsyncSlice(Wrapper):
     """The asynchronous twin: ``inner`` from ``offset`` on.  Owns ``inner``."""
 
     def __init__(self, inner: AsyncSource, offset: int) -> None:
         if offset < 0 or offset > inner.size:
             raise SourceError(f"{inner.name}: offset {offset} is outside its {inner.size} bytes")
-        self.inner = inner
+        super().__init__(inner)
         self._offset = offset
         self.size = inner.size - offset
         self.name = f"{inner.name} at {offset}"
-        self.pinned = inner.pinned
-        self.status = inner.status
-        self.aclose = inner.aclose
 
     def peek(self, offset: int, length: int) -> Buffer | None:
         if not within(self.size, offset, length):
             return None
         return self.inner.peek(self._offset + offset, length)
+
+    async def read_at(self, offset: int, length: int) -> Buffer:
+        check_range(self.name, self.size, offset, length)
+        return await self.inner.read_at(self._offset + offset, length)
 
     def will_need(self, offset: int, length: int) -> None:
         self.inner.will_need(self._offset + offset, length)
@@ -79,14 +85,6 @@ class AsyncSlice:
     def backing(self) -> tuple[int, int] | None:
         found = self.inner.backing
         return None if found is None else (found[0], found[1] + self._offset)
-
-    @property
-    def quick(self) -> bool:
-        return self.inner.quick
-
-    async def read_at(self, offset: int, length: int) -> Buffer:
-        check_range(self.name, self.size, offset, length)
-        return await self.inner.read_at(self._offset + offset, length)
 
     async def forget(self, offset: int, length: int) -> bool:
         return await self.inner.forget(self._offset + offset, length)

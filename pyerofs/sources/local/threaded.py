@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import trio
 
-from pyerofs.sources.base import QUICK_NS, Buffer, Source
+from pyerofs.sources.base import QUICK_NS, AsyncSource, Buffer, Source, hint
 
 MAX_THREADS = 16  # disks like a queue; more would only cost memory
 
 
-class ThreadedSource:
+class ThreadedSource(AsyncSource):
     """An AsyncSource over a Source, which it owns."""
 
     def __init__(self, source: Source) -> None:
         self.name = source.name
         self.size = source.size
-        self.peek = source.peek
-        self.pinned = None
-        self.blocking: Source | None = _Timed(source)
         self._source = source
-        self._timed = self.blocking
-        self._hint = getattr(source, "will_need", None)
+        self._timed = _Timed(source)
         self._limiter = trio.CapacityLimiter(MAX_THREADS)
+
+    def peek(self, offset: int, length: int) -> Buffer | None:
+        return self._source.peek(offset, length)
+
+    async def read_at(self, offset: int, length: int) -> Buffer:
+        """Read in a worker thread.  When cancelled, the thread is left to finish on its own."""
+        return await trio.to_thread.run_sync(
+            self._timed.read_at, offset, length, abandon_on_cancel=True, limiter=self._limiter
+        )
+
+    def will_need(self, offset: int, length: int) -> None:
+        hint(self._source, offset, length)
+
+    @property
+    def blocking(self) -> Source:
+        return self._timed
 
     @property
     def backing(self) -> tuple[int, int] | None:
@@ -33,23 +44,6 @@ class ThreadedSource:
     @property
     def quick(self) -> bool:
         return self._timed.latency < QUICK_NS
-
-    def will_need(self, offset: int, length: int) -> None:
-        if self._hint is not None:
-            self._hint(offset, length)
-
-    async def read_at(self, offset: int, length: int) -> Buffer:
-        """Read in a worker thread.  When cancelled, the thread is left to finish on its own."""
-        return await trio.to_thread.run_sync(
-            self._timed.read_at, offset, length, abandon_on_cancel=True, limiter=self._limiter
-        )
-
-    def status(self) -> dict[str, Any]:
-        return {"name": self.name, "size": self.size}
-
-    async def forget(self, offset: int, length: int) -> bool:
-        """There is nothing else to be had."""
-        return False
 
     async def aclose(self) -> None:
         """Close the source.  Not a checkpoint."""
