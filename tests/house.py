@@ -37,7 +37,9 @@ ORDER: dict[str, list[str]] = {
         "buffer", "concat", "slice", "file", "sparse", "threaded", "digested",
     ],
     "pyerofs.sources.net": ["credentials", "client", "transport", "auth", "http"],
-    "pyerofs.sources.cache": ["store", "blobstore", "claim", "cachedir", "cached"],
+    "pyerofs.sources.cache": [
+        "store", "blobstore", "claim", "cachedir", "ahead", "verifier", "cached",
+    ],
     "pyerofs.sources.oci": ["reference", "manifest", "layout", "registry", "zstd_layer"],
     "pyerofs.format": [
         "ondisk", "recognise", "model", "crc32c", "codecs", "memory", "superblock", "placement",

@@ -28,6 +28,7 @@ FAR = (
     "oci.registry",
     "remote",
     "cache.cached",
+    "cache.verifier",
     "oci.zstd_layer",
 )
 CODECS = {"lz4", "zstandard", "lzma", "isal", "zlib"}

@@ -10,7 +10,6 @@ the background; ``verify`` fetches what is missing and waits for that.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -30,8 +29,10 @@ from pyerofs.sources.base import (
     check_range,
     within,
 )
+from pyerofs.sources.cache.ahead import WINDOW, ReadAhead
 from pyerofs.sources.cache.blobstore import BlobStore
 from pyerofs.sources.cache.store import segments_of
+from pyerofs.sources.cache.verifier import Verifier
 from pyerofs.sources.local.threaded import ThreadedSource
 from pyerofs.sources.net.transport import Pace, Traffic
 from pyerofs.sources.spec import SourceSpec
@@ -39,7 +40,6 @@ from pyerofs.sources.spec import SourceSpec
 log = logging.getLogger("pyerofs")
 
 RANGE = 8  # segments of one request at most; a reader waits for its own segment only
-WINDOW = 16  # segments fetched ahead of a sequential reader at most
 REQUESTS = 6  # at the same time
 BACKGROUND = 2  # workers that fetch what nobody waits for yet
 BACKGROUND_RANGE = 4  # segments of their requests: what a reader may have to share the line with
@@ -47,9 +47,6 @@ HINTS = 256  # ranges that are remembered as needed soon
 WRITES = 8  # segments on their way to the disk
 PATIENCE = 15.0  # seconds that another process may take for a segment before we fetch it ourselves
 REREADS = 3  # of a segment that is not what was stored
-NEAR = 16 << 10  # bytes that a sequential reader may leave out
-NEVER = 1 << 63
-FREEZING = 200  # attempts, 50 ms apart, to keep others from writing during a whole pass
 
 
 class Remote(Protocol):
@@ -115,12 +112,9 @@ class CachedSource(AsyncSource):
         self._workers = 0
         self._urgent = 0  # requests that readers wait for
         self._quiet = trio.Event()
-        self._window = 1  # segments fetched ahead
-        self._end = -NEAR - 1  # of what was read last
-        self._ahead = 0  # the segment up to which they have been asked for
-        self._trigger = NEVER  # reading beyond this offset, a sequential reader needs the next ones
-        self._judging: trio.Event | None = None  # set once it is known whether all of it is right
-        self._judge_soon()
+        self._ahead = ReadAhead(self._count)
+        self._verifier = Verifier(store, nursery)
+        self._verifier.start()
 
     # the AsyncSource ---------------------------------------------------------------------
 
@@ -128,11 +122,11 @@ class CachedSource(AsyncSource):
         """May be called from any thread."""
         if not within(self.size, offset, length):
             return None
-        if offset >= self._trigger:
+        if offset >= self._ahead.trigger:
             self._token.run_sync_soon(self._crossed, offset >> SEGMENT_BITS, idempotent=True)
         found = self._store.peek(offset, length)
         if found is not None:
-            self._end = offset + length
+            self._ahead.peeked(offset + length)
         return found
 
     @property
@@ -190,11 +184,7 @@ class CachedSource(AsyncSource):
             raise self._store.error
         first, last = offset >> SEGMENT_BITS, offset + length - 1 >> SEGMENT_BITS
         self._start(self._absent(first, last), urgent=True)
-        if abs(offset - self._end) <= NEAR:
-            self._read_on(last)
-        else:
-            self._trigger = NEVER
-        self._end = offset + length
+        self._fetch_ahead(self._ahead.read(offset, length))
         if self._store.complete:
             try:
                 return await self._whole.read_at(offset, length)
@@ -255,27 +245,16 @@ class CachedSource(AsyncSource):
         return [n for n in found if n not in self._flights]
 
     def _crossed(self, number: int) -> None:
-        """What was fetched ahead is half used up; unless it was just a read far away."""
-        if number < self._ahead:
-            self._read_on(number)
-        else:
-            self._trigger = NEVER
+        """Half of what was fetched ahead is used up."""
+        self._fetch_ahead(self._ahead.crossed(number))
 
-    def _read_on(self, number: int) -> None:
-        """A reader that goes forward has come to this segment: fetch on ahead of it."""
-        if not self._ahead - self._window <= number <= self._ahead:
-            self._ahead, self._window = number + 1, 1
-        elif number < self._ahead - self._window // 2:
-            return
-        self._window = min(2 * self._window, WINDOW)
-        start = max(self._ahead, number + 1)
-        self._ahead = min(number + 1 + self._window, self._count)
-        if start < self._ahead:
-            self._start(self._absent(start, self._ahead - 1), urgent=True)
-            if self._store.unchecked(start, self._ahead - 1):
-                self._nursery.start_soon(self._check, start, self._ahead - 1)
-        half = max(self._ahead - self._window // 2, number + 1)
-        self._trigger = half << SEGMENT_BITS if self._ahead < self._count else NEVER
+    def _fetch_ahead(self, numbers: range) -> None:
+        """Fetch, or check, what a sequential reader will need next."""
+        if numbers:
+            first, last = numbers[0], numbers[-1]
+            self._start(self._absent(first, last), urgent=True)
+            if self._store.unchecked(first, last):
+                self._nursery.start_soon(self._check, first, last)
 
     async def _check(self, first: int, last: int) -> None:
         """Check stored segments before a reader gets to them."""
@@ -466,28 +445,9 @@ class CachedSource(AsyncSource):
             flight.stored.set()
             if self._flights.get(number) is flight:
                 del self._flights[number]
-        self._judge_soon()
+        self._verifier.start()
 
-    # when everything is there --------------------------------------------------------------
-
-    def _judge_soon(self) -> None:
-        """Have the digest checked once nothing is missing any more."""
-        if self._judging is None and self._store.ripe:
-            self._judging = trio.Event()
-            self._nursery.start_soon(self._judge, self._judging)
-
-    async def _judge(self, judged: trio.Event) -> None:
-        try:
-            right = await trio.to_thread.run_sync(self._store.settle, abandon_on_cancel=True)
-            if right:
-                log.info("%s: complete%s", self.name, ", and verified" if self.verified else "")
-            elif right is not None:
-                log.info("%s", self._store.error)  # all that read from now on are told
-        except (SourceError, OSError) as e:
-            log.warning("%s: the cache can't be read: %s", self.name, e)
-        finally:
-            self._judging = None
-            judged.set()
+    # what the digest says -------------------------------------------------------------------
 
     @property
     def whole(self) -> bool:
@@ -503,45 +463,19 @@ class CachedSource(AsyncSource):
             if self.verified:
                 return
             if not self._store.has(number):
-                await self.read_at(*self._store.extent(number))
+                await self._read_segment(number)
             if progress is not None:
                 progress(self.name, min((number + 1) << SEGMENT_BITS, self.size), self.size)
         await self._landed()
-        self._judge_soon()
-        while self._judging is not None:
-            await self._judging.wait()
-        if not self.verified and self._store.error is None:
-            await self._pass()
-        if self._store.error is not None:
-            raise self._store.error
+        await self._verifier.finish(self._read_segment, self._landed)
+
+    async def _read_segment(self, number: int) -> Buffer:
+        return await self.read_at(*self._store.extent(number))
 
     async def _landed(self) -> None:
         """Wait until what has been asked for is stored, or was not to be had."""
         for flight in [*self._flights.values()]:
             await flight.stored.wait()
-
-    async def _pass(self) -> None:
-        """Check the digest where not everything fits on disk: what memory has dropped is fetched again,
-        and has to be what it was."""
-        for _ in range(FREEZING):  # others may be about to finish what they write
-            if await trio.to_thread.run_sync(self._store.freeze):
-                break
-            await trio.sleep(0.05)
-        assert self.digest is not None
-        algorithm = self.digest.partition(":")[0]
-        found = hashlib.new(algorithm)
-        for number in range(self._count):
-            data = await self.read_at(*self._store.extent(number))
-            await trio.to_thread.run_sync(found.update, data)
-        await self._landed()
-        if f"{algorithm}:{found.hexdigest()}" != self.digest:
-            await trio.to_thread.run_sync(self._store.condemn)
-        elif await trio.to_thread.run_sync(self._store.freeze):
-            self._store.proven()
-        else:
-            raise SourceError(
-                f"{self.name}: can't be verified while other processes fill the cache"
-            )
 
 
 def rows(numbers: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
