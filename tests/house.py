@@ -61,7 +61,8 @@ ORDER: dict[str, list[str]] = {
         "modes",
     ],
     "pyerofs_nbd.lifecycle": [
-        "job", "control", "holder", "attach", "reattach", "inventory", "supervise", "teardown",
+        "job", "messages", "control", "holder", "attach", "reattach", "inventory", "supervise",
+        "teardown",
     ],
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from pyerofs_nbd.devices import foreign, recovery, sysfs
 from pyerofs_nbd.devices.recovery import Credentials, Fingerprint, Record
 from pyerofs_nbd.errors import NbdError
 from pyerofs_nbd.lifecycle import control
+from pyerofs_nbd.lifecycle.messages import StatusAsked
 
 from pyerofs.sources.spec import Access, SourceSpec, VeritySpec
 
@@ -223,15 +224,15 @@ def test_the_control_socket(where: Path, tmp_path: Path) -> None:
         with control.dial(path) as client:
             server, _ = listener.accept()
             with server, open(os.devnull) as f:
-                control.send(client, {"ask": "status"}, [f.fileno()])
-                packet, fds = control.receive(server)
-                assert packet == {"ask": "status"}
+                control.send(client, StatusAsked(), [f.fileno()])
+                message, fds = control.receive(server)
+                assert message == StatusAsked()
                 assert len(fds) == 1
                 os.close(fds[0])
         with control.listen(path):  # takes its place
             pass
-    assert control.ask(path, {}) is None
-    assert control.ask(str(deep / "none.sock"), {}) is None
+    assert control.ask(path, StatusAsked()) is None
+    assert control.ask(str(deep / "none.sock"), StatusAsked()) is None
 
 
 # --- mount.erofs' ---------------------------------------------------------------------------

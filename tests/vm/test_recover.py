@@ -345,15 +345,16 @@ def test_a_failed_takeover_leaves_the_old_one(tmp_path: Path) -> None:
 def test_half_a_takeover_is_none() -> None:
     """Who asked for it vanishes with the connections in hand."""
     from pyerofs_nbd.lifecycle import control
+    from pyerofs_nbd.lifecycle.messages import Devices, TakeoverAsked
 
     device = attach(PLAIN)
     old = server_of(device)
     (path,) = [p for p in recovery_files() if p.suffix == ".sock"]
     with control.dial(str(path)) as channel:
-        control.send(channel, {"ask": "takeover"})
-        packet, fds = control.receive(channel)
-        assert packet is not None
-        assert packet["devices"][0][0] == int(device[8:])
+        control.send(channel, TakeoverAsked())
+        message, fds = control.receive(channel)
+        assert isinstance(message, Devices)
+        assert message.devices[0][0] == int(device[8:])
         for fd in fds:
             os.close(fd)
     forget_caches()

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from pyerofs.system.daemon import STOPS, heeded
 from pyerofs_nbd.devices import recovery, sysfs
@@ -24,11 +24,14 @@ from pyerofs_nbd.devices.driver import BLOCK_SIZE, check_privilege, disconnect, 
 from pyerofs_nbd.devices.mounting import mount, unmount
 from pyerofs_nbd.devices.netlink import DISCONNECT_ON_CLOSE, Netlink, connect, reconfigure
 from pyerofs_nbd.errors import NbdError
-from pyerofs_nbd.lifecycle import control
+from pyerofs_nbd.lifecycle import control, messages
+from pyerofs_nbd.lifecycle.messages import Failed, Live, Message, Offer, Ready, Serving
 
 if TYPE_CHECKING:
     from pyerofs_nbd.devices.recovery import Record
     from pyerofs_nbd.lifecycle.job import Job
+
+M = TypeVar("M")
 
 ENDS_IN = 10.0  # seconds that a server may take to end before it is killed
 # ms, see sysfs.IO_TIMEOUT: the new server is there after 0.1 s, and the kernel's timer is up to a
@@ -80,27 +83,34 @@ class Child:
         self.channel = channel
         self._status: int | None = None
 
-    def expect(self, what: str) -> control.Packet:
-        """Wait for a packet.  Raises NbdError where the server fails instead."""
-        packet = self._receive()
-        if packet is not None and what in packet:
-            return packet
-        if packet is not None and "error" in packet:
-            raise NbdError(str(packet["error"]))
-        raise NbdError(f"the server ended unexpectedly (status {self.wait():#x})")
+    def expect(self, kind: type[M]) -> M:
+        """Wait for a message.  Raises NbdError where the server fails instead."""
+        message = self._receive()
+        if isinstance(message, kind):
+            return message
+        raise self._failure(message)
 
-    def _receive(self) -> control.Packet | None:
+    def failure(self) -> NbdError:
+        """Why the server ends, after which it has been waited for."""
+        return self._failure(self._receive())
+
+    def _failure(self, message: Message | None) -> NbdError:
+        if isinstance(message, Failed):
+            return NbdError(message.error)
+        return NbdError(f"the server ended unexpectedly (status {self.wait():#x})")
+
+    def _receive(self) -> Message | None:
         try:
             return control.receive(self.channel)[0]
         except OSError:
             return None
 
-    def send(self, packet: control.Packet, fds: Sequence[int] = ()) -> None:
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Raises NbdError where the server is no more."""
         try:
-            control.send(self.channel, packet, fds)
+            control.send(self.channel, message, fds)
         except OSError:
-            self.expect("nothing")
+            raise self.failure() from None
 
     def wait(self) -> int:
         """Wait for its end; returns the status that waitpid gives."""
@@ -153,7 +163,7 @@ def _serve(job: Job, ours: socket.socket, theirs: socket.socket) -> NoReturn:
 
         holder.run(job, theirs)
     except BaseException as e:
-        control.send(theirs, {"error": f"can't start a server: {e}"})
+        control.send(theirs, Failed(f"can't start a server: {e}"))
     finally:
         os._exit(1)
 
@@ -196,16 +206,16 @@ def attach(plan: Plan) -> Attached:
             )
         )
         undo.callback(child.stop)
-        ready = child.expect("ready")
-        found = Attached([], [p["path"] for p in ready["ready"] if p["path"]], child)
+        ready = child.expect(Ready)
+        found = Attached([], [offer.path for offer in ready.offers if offer.path], child)
         if netlink is None:
-            found.indices += ready["attached"]
+            found.indices += ready.attached
             for index in found.indices:
                 undo.callback(_disconnect, index, None)
-            child.send({"attached": found.indices})
+            child.send(messages.Attached(found.indices))
         else:
-            _connect(netlink, plan, ready["ready"], found, undo)
-        child.expect("serving")
+            _connect(netlink, plan, ready.offers, found, undo)
+        child.expect(Serving)
         for index in found.indices:
             sysfs.check_node(index)
         watched(child, lambda: _configure(found.indices, behaviour.io_timeout), found)
@@ -237,25 +247,25 @@ def _remove(name: str, record: Record) -> None:
 def _connect(
     netlink: Netlink,
     plan: Plan,
-    parts: list[dict[str, Any]],
+    offers: list[Offer],
     found: Attached,
     undo: ExitStack,
 ) -> None:
     """Give each part a device, and the server the connections."""
-    if plan.wanted is not None and len(parts) > 1:
-        raise NbdError(f"--nbd-device: the image needs {len(parts)} devices; let them be chosen")
+    if plan.wanted is not None and len(offers) > 1:
+        raise NbdError(f"--nbd-device: the image needs {len(offers)} devices; let them be chosen")
     with ExitStack() as ends:
         fds = []
-        for part in parts:
+        for offer in offers:
             ours, theirs = socket.socketpair()
             ends.enter_context(ours)
             with theirs:
                 body = connect(
-                    part["size"],
+                    offer.size,
                     [theirs.fileno()],
                     block_size=BLOCK_SIZE,
                     dead_timeout=plan.dead_timeout,
-                    identifier=part["path"],
+                    identifier=offer.path,
                     index=plan.wanted,
                 )
                 try:
@@ -264,10 +274,10 @@ def _connect(
                     if plan.wanted is not None and not isinstance(e, TimeoutError):
                         raise _why_not(plan.wanted, e) from None
                     raise explain(e) from None
-            undo.callback(_disconnect, index, part["path"])
+            undo.callback(_disconnect, index, offer.path)
             found.indices.append(index)
             fds.append(ours.fileno())
-        found.child.send({"attached": found.indices}, fds)
+        found.child.send(messages.Attached(found.indices), fds)
 
 
 def _why_not(wanted: int, e: OSError) -> NbdError:
@@ -337,7 +347,7 @@ def watched(child: Child, action: Callable[[], None], found: Attached) -> None:
     try:
         ready = select.select([wait, child.channel.fileno()], [], [])[0]
         if wait not in ready:
-            child.expect("nothing")
+            raise child.failure()
     except BaseException:
         # what hangs fails then; should it be a mount and succeed, then its device can't go yet
         for index, path in zip(found.indices, _identifiers(found), strict=True):
@@ -356,7 +366,7 @@ def watched(child: Child, action: Callable[[], None], found: Attached) -> None:
 
 def settle(found: Attached, behaviour: Behaviour) -> None:
     """Tell the server that all is well.  In the foreground it goes on having a parent."""
-    found.child.send({"live": True, "stay": behaviour.foreground or behaviour.supervise})
+    found.child.send(Live(behaviour.foreground or behaviour.supervise))
 
 
 def stay(found: Attached) -> int:

@@ -1,7 +1,4 @@
-"""Talking to a running server: packets of JSON over a unix socket, with descriptors where needed.
-
-The same packets go between the process that attaches and the server it has started.
-"""
+"""Send and receive messages over a unix socket, with descriptors where needed."""
 
 from __future__ import annotations
 
@@ -10,15 +7,13 @@ import json
 import os
 import socket
 from collections.abc import Sequence
-from typing import Any
 
 from pyerofs_nbd.errors import NbdError
+from pyerofs_nbd.lifecycle.messages import Message, parse
 
 MAX_PACKET = 1 << 16
 MAX_FDS = 250
 PATIENCE = 5.0  # seconds for an answer to a question that takes no time
-
-Packet = dict[str, Any]
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -26,14 +21,14 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def send(channel: socket.socket, packet: Packet, fds: Sequence[int] = ()) -> None:
+def send(channel: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:
     """Raises OSError where nobody is there any more."""
     extra = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    channel.sendmsg([json.dumps(packet).encode()], extra)
+    channel.sendmsg([json.dumps(message.packet()).encode()], extra)
 
 
-def receive(channel: socket.socket) -> tuple[Packet | None, list[int]]:
-    """A packet, None at the end, and the descriptors that came with it (close-on-exec).
+def receive(channel: socket.socket) -> tuple[Message | None, list[int]]:
+    """A message, None at the end, and the descriptors that came with it (close-on-exec).
 
     Raises OSError."""
     room = socket.CMSG_SPACE(MAX_FDS * 4)
@@ -41,8 +36,8 @@ def receive(channel: socket.socket) -> tuple[Packet | None, list[int]]:
     return decode(data, extra)
 
 
-def decode(data: bytes, extra: list[tuple[int, int, bytes]]) -> tuple[Packet | None, list[int]]:
-    """What recvmsg returned.  A packet that makes no sense is an empty one."""
+def decode(data: bytes, extra: list[tuple[int, int, bytes]]) -> tuple[Message | None, list[int]]:
+    """The message and descriptors in what recvmsg returned."""
     fds = array.array("i")
     for level, kind, value in extra:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -51,9 +46,9 @@ def decode(data: bytes, extra: list[tuple[int, int, bytes]]) -> tuple[Packet | N
         return None, list(fds)
     try:
         packet = json.loads(data)
-    except ValueError:
-        packet = {}
-    return packet if isinstance(packet, dict) else {}, list(fds)
+    except (ValueError, RecursionError):
+        packet = None
+    return parse(packet), list(fds)
 
 
 def dial(path: str) -> socket.socket:
@@ -96,11 +91,11 @@ def listen(path: str) -> socket.socket:
     return channel
 
 
-def ask(path: str, packet: Packet) -> Packet | None:
+def ask(path: str, question: Message) -> Message | None:
     """One question and its answer; None where nobody answers."""
     try:
         with dial(path) as channel:
-            send(channel, packet)
+            send(channel, question)
             return receive(channel)[0]
     except (NbdError, OSError):
         return None

@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from enum import Enum
 from typing import NoReturn
 
 import trio
@@ -32,6 +33,20 @@ from pyerofs_nbd.devices.recovery import HEAD, Record
 from pyerofs_nbd.errors import NbdError, sole_cause
 from pyerofs_nbd.lifecycle import control
 from pyerofs_nbd.lifecycle.job import HANDED_OVER, Job, Part
+from pyerofs_nbd.lifecycle.messages import (
+    Attached,
+    Devices,
+    Failed,
+    Live,
+    Message,
+    Offer,
+    Ready,
+    Serving,
+    Status,
+    StatusAsked,
+    Taken,
+    TakeoverAsked,
+)  # fmt: skip
 from pyerofs_nbd.server.exports import Export, Server
 
 log = logging.getLogger("pyerofs-nbd")
@@ -54,20 +69,30 @@ def run(job: Job, channel: socket.socket) -> NoReturn:
         if isinstance(reason, (ErofsError, NbdError)):
             _tell(channel, str(reason))
         elif not isinstance(reason, _Abandoned):
-            log.critical("ended by a mistake of ours", exc_info=e)
+            log.critical("internal error", exc_info=e)
             _tell(channel, f"the server ended unexpectedly ({type(reason).__name__}: {reason})")
     finally:
         logging.shutdown()
         os._exit(status)
 
 
+class State(Enum):
+    """Where a holder stands in the exchange that ``messages`` describes."""
+
+    OPENING = "no request was answered yet"
+    SERVING = "requests are answered"
+    HANDING = "another process is taking over: no request is read"
+    TAKEN = "another process has taken over"
+    ENDING = "the attacher has failed: its devices are detached, and replies under way are dropped"
+
+
 class _Abandoned(Exception):
-    """The one who attaches has vanished or failed; there is nobody to be told."""
+    """The attacher has ended or failed, and can't be told anything."""
 
 
 def _tell(channel: socket.socket, message: str) -> None:
     try:
-        control.send(channel, {"error": one_line(message)})
+        control.send(channel, Failed(one_line(message)))
     except OSError:
         log.error("%s", message)
 
@@ -106,9 +131,7 @@ class _Devices:
         self._server: Server
         self._over = trio.Event()  # set when a pass of serving has come to its end
         self._decided = trio.Event()  # set when it is known whether somebody takes over
-        self._handing = False
-        self._taken = False
-        self._ending = False
+        self._state = State.OPENING
         self._orphaned = trio.Event()
         self._scope = trio.CancelScope()
         self._listener: socket.socket | None = None
@@ -132,7 +155,7 @@ class _Devices:
                     with trio.CancelScope(shield=True):
                         for source in self._sources:
                             await source.aclose()
-        return HANDED_OVER if self._taken else 0
+        return HANDED_OVER if self._state is State.TAKEN else 0
 
     # --- start --------------------------------------------------------------------------------
 
@@ -178,17 +201,13 @@ class _Devices:
     async def _start(self, nursery: trio.Nursery, signals: AsyncIterator[int]) -> None:
         if self._job.ioctl:
             await self._attach_by_ioctl()
-        await self._say(
-            {
-                "ready": [{"path": p.path, "size": e.source.size} for p, e in self._both()],
-                "attached": [p.index for p in self._parts],
-            }
-        )
-        packet, fds = await self._hear()
-        if packet is None or "attached" not in packet:
+        offers = [Offer(part.path, export.source.size) for part, export in self._both()]
+        await self._say(Ready(offers, [part.index for part in self._parts]))
+        message, fds = await self._hear()
+        if not isinstance(message, Attached):
             await self._undo()
             raise _Abandoned
-        for part, index in zip(self._parts, packet["attached"], strict=True):
+        for part, index in zip(self._parts, message.indices, strict=True):
             part.index = index
         if not self._job.ioctl:
             connections, locks = fds[: len(self._parts)], fds[len(self._parts) :]
@@ -197,23 +216,24 @@ class _Devices:
             if self._job.takeover:
                 for part, fd in zip(self._parts, locks, strict=True):
                     part.lock = fd
+        self._state = State.SERVING
         self._listen(nursery)
         nursery.start_soon(self._settle_in)
         nursery.start_soon(self._stop_on, signals)
-        await self._say({"serving": True})
+        await self._say(Serving())
 
     def _both(self) -> list[tuple[Part, Export]]:
         return list(zip(self._parts, self._exports, strict=True))
 
-    async def _say(self, packet: control.Packet) -> None:
+    async def _say(self, message: Message) -> None:
         assert self._channel is not None
         try:
-            control.send(self._channel, packet)
+            control.send(self._channel, message)
         except OSError:
             pass  # it vanished: the next one to listen finds out
         await trio.lowlevel.checkpoint()
 
-    async def _hear(self) -> tuple[control.Packet | None, list[int]]:
+    async def _hear(self) -> tuple[Message | None, list[int]]:
         assert self._channel is not None
         await trio.lowlevel.wait_readable(self._channel)
         try:
@@ -223,25 +243,25 @@ class _Devices:
 
     async def _settle_in(self) -> None:
         """Wait to be told that all is well; undo everything where that never comes."""
-        packet = await self._last_word()
-        if packet is None or "live" not in packet:
+        message = await self._last_word()
+        if not isinstance(message, Live):
             await self._undo()
-            if self._job.new:  # replies that are still under way are for nobody
-                self._ending = True
+            if self._job.new:
+                self._state = State.ENDING
                 self._scope.cancel()
             return
         log.info("serving %s", ", ".join(sysfs.node(p.index) for p in self._parts))
-        if not packet.get("stay"):
+        if not message.stay:
             assert self._channel is not None
             self._channel.close()
             self._channel = None
 
-    async def _last_word(self) -> control.Packet | None:
+    async def _last_word(self) -> Message | None:
         """What the other process says at last; None where it ends before.
 
         When it is killed while a thread of it hangs in mount(2), it neither ends nor hangs up until
         that is over, which waits for us; but its other thread does end."""
-        packet = None
+        message = None
         async with trio.open_nursery() as nursery:
 
             async def give_up() -> None:
@@ -250,9 +270,9 @@ class _Devices:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(give_up)
-            packet, _ = await self._hear()
+            message, _ = await self._hear()
             nursery.cancel_scope.cancel()
-        return packet
+        return message
 
     async def _undo(self) -> None:
         """The one who attached has vanished halfway."""
@@ -285,11 +305,11 @@ class _Devices:
                 for part, export in self._both():
                     if part.connection is not None:
                         serving.start_soon(self._serve_one, part, export)
-            if self._ending or all(part.connection is None for part in self._parts):
+            if self._state is State.ENDING or all(part.connection is None for part in self._parts):
                 return
             self._over.set()
             await self._decided.wait()
-            if self._taken:
+            if self._state is State.TAKEN:
                 return
             statistics = self._server.statistics
             self._server = Server(self._exports)
@@ -328,11 +348,12 @@ class _Devices:
 
     def _clean(self) -> None:
         """Remove the traces; those of devices that are still there stay, for recovery."""
+        taken = self._state is State.TAKEN
         for part in self._parts:
-            if part.path is not None and not self._taken and not sysfs.owned_by(part.path):
+            if part.path is not None and not taken and not sysfs.owned_by(part.path):
                 recovery.remove(part.path)
         if self._listener is not None:
-            if not self._taken:
+            if not taken:
                 recovery.remove(self._control_path)
             self._listener.close()
 
@@ -398,48 +419,50 @@ class _Devices:
         with client, trio.move_on_after(TAKING):
             try:
                 await trio.lowlevel.wait_readable(client)
-                packet, fds = control.receive(client)
+                message, fds = control.receive(client)
                 for fd in fds:
                     os.close(fd)
-                if packet is None or _uid_of(client) not in (0, os.geteuid()):
+                if _uid_of(client) not in (0, os.geteuid()):
                     return
-                if packet.get("ask") == "status":
+                if isinstance(message, StatusAsked):
                     control.send(client, self._status())
-                elif packet.get("ask") == "takeover" and not self._handing:
+                elif isinstance(message, TakeoverAsked) and self._state is State.SERVING:
                     await self._hand_over(client)
             except OSError:
                 pass  # it has gone
 
-    def _status(self) -> control.Packet:
+    def _status(self) -> Status:
         found = self._server.statistics
         states = [source.status() for source in self._sources]
         fetched = [n for s in states if (n := s.get("fetched")) is not None]
         verified = [v for s in states if (v := s.get("verified")) is not None]
-        return {
-            "pid": os.getpid(),
-            "requests": found.requests,
-            "bytes": found.bytes,
-            "failures": found.failures,
-            "fetched": sum(fetched) if fetched else None,
-            "verified": all(verified) if verified else None,
-        }
+        return Status(
+            os.getpid(),
+            found.requests,
+            found.bytes,
+            found.failures,
+            fetched=sum(fetched) if fetched else None,
+            verified=all(verified) if verified else None,
+        )
 
     async def _hand_over(self, client: socket.socket) -> None:
         """Give everything to another process; go on serving where that does not take it."""
         self._over, self._decided = trio.Event(), trio.Event()
-        self._handing = True
+        self._state = State.HANDING
+        taken = False
         try:
             self._server.release()
             await self._over.wait()
             parts = [p for p in self._parts if p.connection is not None]
             fds = [p.connection.fileno() for p in parts if p.connection is not None]
             fds += [p.lock for p in parts]
-            control.send(client, {"devices": [[p.index, p.path] for p in parts]}, fds)
+            control.send(client, Devices([(p.index, p.path) for p in parts]), fds)
             await trio.lowlevel.wait_readable(client)
-            packet, _ = control.receive(client)
-            self._taken = packet is not None and "taken" in packet
+            message, _ = control.receive(client)
+            taken = isinstance(message, Taken)
         finally:
-            self._handing = False
+            if self._state is State.HANDING:  # else an undoing came in between
+                self._state = State.TAKEN if taken else State.SERVING
             self._decided.set()
 
 

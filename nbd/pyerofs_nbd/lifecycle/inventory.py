@@ -11,6 +11,7 @@ from pyerofs.units import format_size
 from pyerofs_nbd.devices import recovery, sysfs
 from pyerofs_nbd.errors import NbdError
 from pyerofs_nbd.lifecycle import control
+from pyerofs_nbd.lifecycle.messages import Status, StatusAsked
 from pyerofs_nbd.lifecycle.reattach import load
 
 
@@ -44,11 +45,11 @@ def _row(index: int) -> dict[str, Any]:
     row["source"] = record.source.name
     if recovery.alive(path):
         row["state"] = "alive"
-        answer = control.ask(recovery.control_path(path), {"ask": "status"}) or {}
-        row["pid"] = answer.get("pid")
-        row["verified"] = answer.get("verified")
-        fetched = answer.get("fetched")
-        row["fetched"] = answer.get("bytes") if fetched is None else fetched
+        status = control.ask(recovery.control_path(path), StatusAsked())
+        if isinstance(status, Status):
+            row["pid"] = status.pid
+            row["verified"] = status.verified
+            row["fetched"] = status.bytes if status.fetched is None else status.fetched
     elif record.fingerprint is not None:
         row["state"] = "dead"
     return row

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from pyerofs_nbd.devices import foreign, recovery, sysfs
 from pyerofs_nbd.devices.driver import driver, explain, reconnect
 from pyerofs_nbd.errors import NbdError
-from pyerofs_nbd.lifecycle import control
+from pyerofs_nbd.lifecycle import control, messages
 from pyerofs_nbd.lifecycle.attach import Attached, Behaviour, start
 from pyerofs_nbd.lifecycle.job import Job, Part
+from pyerofs_nbd.lifecycle.messages import Devices, Ready, Serving, Taken, TakeoverAsked
 
 if TYPE_CHECKING:
     from pyerofs_nbd.devices.recovery import Record
@@ -122,16 +123,16 @@ def reattach(group: Group, behaviour: Behaviour) -> Attached:
             locks.append(fd)
         child = start(_job(group, locks, behaviour))
         undo.callback(child.stop)
-        ready = child.expect("ready")["ready"]
+        ready = child.expect(Ready)
         patience = NOTICED_IN if group.ours else STRANGERS_IN
         with ExitStack() as ends:
             fds = []
-            for index, path, part in zip(group.indices, group.paths, ready, strict=True):
-                size = None if group.ours else part["size"]
+            for index, path, offer in zip(group.indices, group.paths, ready.offers, strict=True):
+                size = None if group.ours else offer.size
                 fds.append(ends.enter_context(_renewed(index, path, patience, size)).fileno())
                 sysfs.configure(index, io_timeout=behaviour.io_timeout)
-            child.send({"attached": group.indices}, fds)
-        child.expect("serving")
+            child.send(messages.Attached(group.indices), fds)
+        child.expect(Serving)
         undo.pop_all()
     return Attached(group.indices, group.paths, child)
 
@@ -158,20 +159,21 @@ def take_over(group: Group, behaviour: Behaviour) -> Attached:
     with ExitStack() as undo:
         child = start(_job(group, [-1] * len(group.paths), behaviour, takeover=True))
         undo.callback(child.stop)
-        child.expect("ready")
+        child.expect(Ready)
         with control.dial(recovery.control_path(group.paths[0])) as old:
             old.settimeout(HANDING_OVER)
             fds: list[int] = []
             try:
-                control.send(old, {"ask": "takeover"})
-                packet, fds = control.receive(old)
-                given = (packet or {}).get("devices")
-                wanted = [[i, p] for i, p in zip(group.indices, group.paths, strict=True)]
-                if given != wanted or len(fds) != 2 * len(wanted):
+                control.send(old, TakeoverAsked())
+                given, fds = control.receive(old)
+                wanted: list[tuple[int, str | None]] = [
+                    *zip(group.indices, group.paths, strict=True)
+                ]
+                if given != Devices(wanted) or len(fds) != 2 * len(wanted):
                     raise NbdError(f"{group.names}: its server does not hand them over")
-                child.send({"attached": group.indices}, fds)
-                child.expect("serving")
-                control.send(old, {"taken": True})
+                child.send(messages.Attached(group.indices), fds)
+                child.expect(Serving)
+                control.send(old, Taken())
             except OSError as e:
                 raise NbdError(f"{group.names}: its server does not answer ({e})") from None
             finally:
