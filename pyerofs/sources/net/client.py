@@ -9,9 +9,9 @@ its transport, too, with the proxies that httpx would take from the environment.
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from urllib.request import getproxies, proxy_bypass
 
 import httpcore
@@ -132,18 +132,22 @@ class Pools(httpx.AsyncBaseTransport):
 
 
 class _Body(httpx.AsyncByteStream):
-    """The body of a response."""
+    """The body of a response.  It is no generator, so that closing it ends what it iterates over."""
 
     def __init__(self, response: httpcore.Response) -> None:
         self._response = response
+        self._chunks = cast("AsyncGenerator[bytes, None]", response.aiter_stream())
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
         with _errors_of_httpx():
-            async for chunk in self._response.aiter_stream():
-                yield chunk
+            return await anext(self._chunks)
 
     async def aclose(self) -> None:
         with _errors_of_httpx():
+            await self._chunks.aclose()
             await self._response.aclose()
 
 
