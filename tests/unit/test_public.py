@@ -50,6 +50,27 @@ def test_what_is_not_there() -> None:
         exec("from pyerofs import nonsense")
 
 
+PATHS = {  # where people import from, besides the package itself
+    "pyerofs.aio": ["AsyncFile", "AsyncImage", "open"],
+    "pyerofs.errors": [n for n in pyerofs.__all__ if n.endswith("Error")],
+    "pyerofs.fsspec": ["ErofsFileSystem"],
+    "pyerofs.image": ["DirEntry", "Image", "open"],
+    "pyerofs.path": ["Path"],
+    "pyerofs.sources": [
+        "AsyncSource", "Buffer", "ConcatSource", "FileObjectSource", "FileSource", "MemorySource",
+        "SliceSource", "Source",
+    ],
+    "pyerofs.sources.base": ["AsyncSource", "Buffer", "Source"],
+    "pyerofs.sources.spec": ["Access", "SourceSpec", "VeritySpec"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_public_import_paths(name: str) -> None:
+    module = import_module(name)
+    assert all(hasattr(module, public) for public in PATHS[name])
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_are_documented(name: str) -> None:
     module = import_module(name)
