@@ -42,8 +42,12 @@ class Command:
         self._words = words
 
     def mount(self, image: Path, where: Path) -> None:
+        self._run(image, where)
+
+    def _run(self, *words: str | Path) -> None:
+        """Run the command with more words.  Raises CannotMount."""
         done = subprocess.run(
-            [*self._words, image, where], stdin=subprocess.DEVNULL, capture_output=True, check=False
+            [*self._words, *words], stdin=subprocess.DEVNULL, capture_output=True, check=False
         )
         if done.returncode:
             said = done.stderr.decode("utf-8", "replace").strip().splitlines()

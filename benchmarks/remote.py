@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 from common import HERE, Report, find, options, parse, say, skip, timed
 from images import QUICK, CannotMake, Images, make
-from mounting import CannotMount, Mount, read_files, walk
+from mounting import Command, Mount, read_files, walk
 
 sys.path.insert(0, str(HERE.parent))  # for the tests' server
 
@@ -90,37 +90,23 @@ class Served:
         self._process.communicate()
 
 
-class Remote:
+FUSE = find("pyerofs-fuse") or "pyerofs-fuse"
+
+
+class Remote(Command):
     """pyerofs-fuse on a URL: a system for ``Mount``."""
 
-    name = PYEROFS
-
     def __init__(self, served: Served, cache: Path, *words: str) -> None:
-        self._words = [f"--cache-dir={cache}", *words, served.url]
+        super().__init__(PYEROFS, FUSE, f"--cache-dir={cache}", *words)
+        self._url = served.url
 
     def mount(self, image: Path, where: Path) -> None:
-        command = [find("pyerofs-fuse") or "pyerofs-fuse", *self._words, where]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-        if done.returncode:
-            raise CannotMount(done.stderr.decode("utf-8", "replace").strip())
-
-    def daemon(self, where: Path) -> int | None:
-        for found in Path("/proc").glob("[0-9]*"):
-            try:
-                if os.fsencode(where) in (found / "cmdline").read_bytes().split(b"\0"):
-                    return int(found.name)
-            except OSError:
-                pass
-        return None
+        self._run(self._url, where)
 
 
-class Local(Remote):
+def local() -> Command:
     """The same on the file."""
-
-    name = LOCAL
-
-    def __init__(self, image: Path) -> None:
-        self._words = [str(image)]
+    return Command(LOCAL, FUSE)
 
 
 # --- images -----------------------------------------------------------------------------------
@@ -189,7 +175,7 @@ def some_file(top: Path) -> str:
 
 def laziness(name: str, image: Path, report: Report) -> None:
     """Counts don't vary much: once is enough."""
-    with Mount(Local(image), image) as m:
+    with Mount(local(), image) as m:
         paths = walk(m.path)
         one = Path(some_file(m.path))
         report.note(
@@ -240,7 +226,7 @@ def speed(images: dict[str, Path], report: Report) -> None:
                 with Mount(Remote(served, where / "cache"), image) as m:
                     seconds = timed(read_all, m)
                     report.add(name, "warm", "MB/s", PYEROFS, size / seconds / 1e6)
-        with Mount(Local(image), image) as m:
+        with Mount(local(), image) as m:
             seconds = timed(read_all, m)
             report.add(name, "warm", "MB/s", LOCAL, size / seconds / 1e6)
         for system, latency in ((NEAR, 0.0), (PYEROFS, LATENCY)):

@@ -44,6 +44,7 @@ class Sparse:
         self.pieces = pieces
         self.name = "handmade"
         self.size = end_of(pieces)
+        self.backing = None
 
     def peek(self, offset: int, length: int) -> bytes | None:
         return self.read_at(offset, length) if offset + length <= self.size else None

@@ -104,7 +104,7 @@ class Client:
 
     def replies(self) -> list[OptionReply]:
         """The replies to one option, up to the last."""
-        found = []
+        found: list[OptionReply] = []
         while not found or found[-1].kind in (p.REP_SERVER, p.REP_INFO, p.REP_META_CONTEXT):
             magic, number, kind, length = struct.unpack(">QIII", self.receive(20))
             assert magic == p.OPTION_REPLY_MAGIC

@@ -39,7 +39,7 @@ needs_qemu, needs_fio = needs("qemu-img"), needs("fio")
 
 def run(*words: str | Path, **how: Any) -> str:
     """What a command prints; it has to succeed and to say nothing on stderr."""
-    done = subprocess.run(
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         [str(word) for word in words],
         capture_output=True,
         text=True,

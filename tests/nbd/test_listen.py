@@ -244,7 +244,7 @@ def test_passed_sockets(kind: str, tmp_path: Path) -> None:
         passed, ours = socket.socketpair()
         client = Client(ours)
     shell = 'exec 3<&0 0</dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
-    process = subprocess.Popen(["sh", "-c", shell, "sh", *RUNNER, path], stdin=passed)
+    process = subprocess.Popen(["sh", "-c", shell, "sh", *RUNNER, path], stdin=passed.fileno())
     passed.close()
     try:
         client.start()
@@ -274,7 +274,9 @@ def test_standard_input_is_a_socket(tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_bytes(DATA)
     ours, theirs = socket.socketpair()
-    with subprocess.Popen([*RUNNER, path], stdin=theirs, stdout=theirs) as process:
+    with subprocess.Popen(
+        [*RUNNER, path], stdin=theirs.fileno(), stdout=theirs.fileno()
+    ) as process:
         theirs.close()
         with Client(ours) as client:
             client.start()

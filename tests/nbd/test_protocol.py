@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +21,7 @@ EXPORTS = [p.ExportInfo("first", 1000, "the first"), p.ExportInfo("zweiter-ü", 
 Replies = list[tuple[int, int, bytes]]
 
 
-def shaken(*parts: bytes, flags: bytes = FLAGS, **how: bool) -> list[p.Action]:
+def shaken(*parts: bytes, flags: bytes = FLAGS, **how: Any) -> list[p.Action]:
     """What a handshake answers to a stream, up to its end."""
     shake = p.Handshake(EXPORTS, **how)
     shake.feed(flags + b"".join(parts))
@@ -48,7 +49,7 @@ def replies(found: Sequence[p.Action]) -> Replies:
     return parsed
 
 
-def kinds(*parts: bytes, **how: bool) -> list[int]:
+def kinds(*parts: bytes, **how: Any) -> list[int]:
     return [kind for _, kind, _ in replies(shaken(*parts, **how))]
 
 
@@ -309,7 +310,7 @@ def test_start_tls_has_no_data() -> None:
 
 
 def test_required_tls() -> None:
-    how = {"tls": True, "tls_required": True}
+    how: dict[str, Any] = {"tls": True, "tls_required": True}
     for message in (option(p.OPT_LIST), go(), SR, contexts("", []), option(99)):
         assert kinds(message, **how) == [p.REP_ERR_TLS_REQD]
     assert shaken(option(p.OPT_EXPORT_NAME), **how) == [p.Close()]

@@ -90,7 +90,7 @@ def manifest(
 
 def index(*manifests: Manifest, kind: str = OCI_INDEX, declared: bool = True) -> Manifest:
     """An index of images, made with ``for_platform``, or of other indexes."""
-    found = {"schemaVersion": 2} | ({"mediaType": kind} if declared else {})
+    found: dict[str, Any] = {"schemaVersion": 2} | ({"mediaType": kind} if declared else {})
     found |= {"manifests": [m.blob.descriptor for m in manifests]}
     return Manifest(Blob(_json(found), kind), (), manifests)
 

@@ -171,17 +171,20 @@ READER = Path(__file__).with_name("reader.py")
 
 def command(*words: object, **how: Any) -> subprocess.CompletedProcess[str]:
     """Run ``pyerofs WORD …``."""
-    return subprocess.run(
+    settings: dict[str, Any] = {"timeout": HANG, "cwd": ROOT, "stdin": subprocess.DEVNULL} | how
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         [sys.executable, "-m", "pyerofs", *map(str, words)],
-        capture_output=True, text=True, errors="surrogateescape", check=False,
-        **({"timeout": HANG, "cwd": ROOT, "stdin": subprocess.DEVNULL} | how),
+        capture_output=True, text=True, errors="surrogateescape", check=False, **settings,
     )  # fmt: skip
+    return done
 
 
 def reader(*words: object, **how: Any) -> subprocess.Popen[str]:
     """Start a process that reads an image: see ``reader.py``."""
-    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    return subprocess.Popen([sys.executable, READER, *map(str, words)], **(settings | how))
+    settings: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
+    arguments = [sys.executable, str(READER), *map(str, words)]
+    process: subprocess.Popen[str] = subprocess.Popen(arguments, text=True, **(settings | how))
+    return process
 
 
 def cache_files(top: Path | None = None) -> list[Path]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -466,7 +467,7 @@ class TestDocuments:
             return wrong
 
         try:
-            found = in_threads([lambda n=n: lane(n) for n in range(LANES)])
+            found = in_threads([partial(lane, n) for n in range(LANES)])
         finally:
             server.heal()
         assert found == [[]] * LANES

@@ -302,10 +302,10 @@ WRONG = {"file": (BIG.image, AT), "tail": (TRAILED, len(BIG.image) + (1 << 20) +
 
 def whole(verb: str, what: str, out: Path, *words: str) -> Done:
     """Run a command that goes through the whole image."""
-    rest: list[object] = {
+    rest: dict[str, list[object]] = {
         "tar": ["-o", out / "found.tar"], "extract": ["-q", "-C", out], "check": ["-q"],
-    }[verb]  # fmt: skip
-    return command(verb, "--insecure", what, *rest, *words)
+    }  # fmt: skip
+    return command(verb, "--insecure", what, *rest[verb], *words)
 
 
 class TestWhole:
@@ -453,7 +453,7 @@ class TestVerify:
         data, at = WRONG["tail"]
         registry = pretending(data, flipped(data, at))
         with serve(registry) as server, cleaned(tmp_path / "mnt") as where:
-            words = ["--verify", "--insecure", image_in(server), where]
+            words: list[str | Path] = ["--verify", "--insecure", image_in(server), where]
             done = run(*words)
             assert_refused(done, where)
             assert "digest" in done.stderr

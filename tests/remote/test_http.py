@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class TestReading:
                 found = read_pieces(image, content, offsets, length=100_000)
                 return found.wrong + len(found.errors)
 
-            assert in_threads([lambda seed=n: read(seed) for n in range(8)]) == [0] * 8
+            assert in_threads([partial(read, n) for n in range(8)]) == [0] * 8
         assert server.sent <= len(big().image) * 1.01
 
     def test_connections_are_used_again(self, server: Server) -> None:
@@ -600,7 +601,7 @@ def make_authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 class TestCertificates:
     def test_trusted(self, authority: Authority) -> None:
         with Server(Content(big().image), tls=authority.context("127.0.0.1")) as server:
-            how = {"insecure": False, "cacert": str(authority.certificate)}
+            how: dict[str, Any] = {"insecure": False, "cacert": str(authority.certificate)}
             with opened(server.url, **how) as image:
                 assert_all_right(read_pieces(image, big().content))
 

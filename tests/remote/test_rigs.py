@@ -219,7 +219,10 @@ def test_veritysetup_agrees_with_itself(tmp_path: Path, appended: bool, superblo
     tree = verity.make(path, appended=appended, superblock=superblock, salt="")
     words = [f"--hash-offset={tree.hash_offset}", "--salt=-", f"--data-blocks={tree.data_blocks}"]
     words += [] if superblock else ["--no-superblock"]
-    command = [verity.veritysetup(), "verify", *words, tree.data, tree.hashes, tree.root_hash]
+    program = verity.veritysetup()
+    assert program is not None
+    files = [str(tree.data), str(tree.hashes)]
+    command = [program, "verify", *words, *files, tree.root_hash]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     verity.spoil(path, 123_456)
     assert subprocess.run(command, capture_output=True, check=False).returncode != 0

@@ -53,7 +53,7 @@ class TokenServer:
         query = request.query
         if query.get("service") != [SERVICE]:
             return Response(400, body=b"no such service")
-        access = []
+        access: list[dict[str, object]] = []
         for scope in query.get("scope", []):
             kind, name, actions = scope.split(":")
             access.append({"type": kind, "name": name, "actions": actions.split(",")})

@@ -7,6 +7,7 @@ import errno
 import inspect
 import os
 import pickle
+from collections.abc import Callable
 
 import pytest
 
@@ -85,7 +86,7 @@ def test_a_truncated_read_is_an_error_of_the_source() -> None:
 @pytest.mark.parametrize("error", PATH_ERRORS)
 @pytest.mark.parametrize("path", ["a/b", b"a/b", "f\udcff", b"f\xff", "new\nline"])
 def test_they_know_the_path_and_show_it_in_one_line(
-    error: type[ErofsError], path: str | bytes
+    error: Callable[[str | bytes], ErofsError], path: str | bytes
 ) -> None:
     found = error(path)
     assert found.path == path  # type: ignore[attr-defined]

@@ -34,7 +34,7 @@ def listing(count: int) -> Listing:
 def crew(size: int) -> list[Listings]:
     """What several processes have, as after a fork."""
     handles = Handles(size)
-    found = []
+    found: list[Listings] = []
     for me in range(size):
         mine = copy.copy(handles)
         mine.me = me

@@ -120,6 +120,7 @@ class TestFile:
 
     def test_dropping_it_closes_it(self, path: Path) -> None:
         source = FileSource(path)
+        assert source.backing is not None
         fd = source.backing[0]
         os.fstat(fd)
         del source
@@ -128,6 +129,7 @@ class TestFile:
 
     def test_no_other_program_gets_it(self, path: Path) -> None:
         source = FileSource(path)
+        assert source.backing is not None
         assert not os.get_inheritable(source.backing[0])
 
     def test_that_is_not_there(self, tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ def test_a_disconnect_takes_all(tmp_path: Path) -> None:
 
 def test_failures_on_the_way_leave_none(where: Path, tmp_path: Path) -> None:
     paths, _ = on_two_devices(tmp_path)
-    words = [paths[0], "--device", paths[1]]
+    words: list[str | Path] = [paths[0], "--device", paths[1]]
     assert "can't be mounted" in refused(*words, "--mount", where)  # one too few
     assert_nothing_left()
     words += ["--device", paths[2]]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -298,13 +299,18 @@ def test_a_supervisor_ends_with_a_device_that_went_while_the_server_was_dead() -
 # --- takeover -------------------------------------------------------------------------------
 
 
+def gone(server: int) -> bool:
+    """Whether a server has ended."""
+    return server not in servers()
+
+
 def test_a_takeover_interrupts_nobody(large: Path) -> None:
     device = attach(large)
     reader = Reader(device, 0.01)
     for _ in range(2):
         old = server_of(device)
         assert ok("--takeover", device) == f"{device}\n"
-        assert wait_until(lambda pid=old: pid not in servers())
+        assert wait_until(partial(gone, old))
         assert server_of(device) != old
     found = reader.result()
     report(f"two takeovers: the longest a read took is {found.longest:.2f} s")

@@ -86,7 +86,7 @@ def test_a_boot_takes_a_part(registry: rigs.Registry, tmp_path: Path) -> None:
     where.mkdir()
     with Server(rigs.Relay(registry.url)) as relay:
         # (not in a fork of this process, which has threads now)
-        words = ["--insecure", "--mount", where, "--oci", f"{relay.authority}/app:1"]
+        words = ["--insecure", "--mount", str(where), "--oci", f"{relay.authority}/app:1"]
         subprocess.run([*COMMAND, *words], check=True, capture_output=True, timeout=60)
         begun = len(relay.requests), relay.sent
         assert len(os.listdir(where)) == found.directories + 48
