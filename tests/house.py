@@ -54,7 +54,7 @@ ORDER: dict[str, list[str]] = {
     "pyerofs_fuse.processes": ["turns", "handles", "crew", "eager"],
     "pyerofs_nbd": ["errors", "devices", "options", "server", "lifecycle", "cli", "__main__"],
     "pyerofs_nbd.devices": [
-        "netlink", "sysfs", "driver", "ioctl", "recovery", "foreign", "mounting",
+        "netlink", "sysfs", "driver", "ioctl", "recovery", "groups", "foreign", "mounting",
     ],
     "pyerofs_nbd.server": [
         "protocol", "budget", "channel", "pagecache", "holes", "batch", "exports", "listen", "tls",

@@ -1,4 +1,4 @@
-"""Asynchronous sources for those who block: one background thread runs trio for all of them."""
+"""Asynchronous sources for threads: one background thread runs trio for all of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Ts = TypeVarTuple("Ts")
 
 
 class Portal:
-    """A thread with an event loop in it."""
+    """A thread that runs an event loop."""
 
     def __init__(self) -> None:
         started: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -33,7 +33,7 @@ class Portal:
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs; after a fork it does not."""
+        """Whether the thread runs; after a fork it does not."""
         return self._thread.is_alive()
 
     async def _main(self, started: queue.SimpleQueue[None]) -> None:
@@ -43,11 +43,11 @@ class Portal:
             await trio.sleep_forever()
 
     def run(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
-        """Run an async function there, and wait for it."""
+        """Run an async function in the portal's thread, and wait for its result."""
         return trio.from_thread.run(function, *args, trio_token=self._token)
 
     def call_soon(self, function: Callable[[], object]) -> None:
-        """Have a function called there."""
+        """Have a function called in the portal's thread; does not wait."""
         self._token.run_sync_soon(function)
 
 
@@ -56,7 +56,7 @@ _lock = threading.Lock()
 
 
 def portal() -> Portal:
-    """The one portal of the process, started when first needed.  It needs no end: an idle thread."""
+    """The portal of this process, started when first needed and never stopped: its thread is idle."""
     global _portal
     with _lock:
         if _portal is None or not _portal.alive:

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 import time
@@ -174,15 +175,17 @@ def group(path: str) -> list[str]:
     Another program's file stands alone."""
     if not is_ours(path):
         return [path]
-    where, name = os.path.split(path)
-    first = name.split(".", 1)[0]
-    found = [n for n in _names(where) if n.endswith(".json") and n.split(".", 1)[0] == first]
-    return [os.path.join(where, n) for n in sorted(found, key=_part)] or [path]
+    where = os.path.dirname(path)
+    image, _ = parted(path)
+    files = [os.path.join(where, name) for name in _names(where) if name.endswith(".json")]
+    return sorted((f for f in files if parted(f)[0] == image), key=parted) or [path]
 
 
-def _part(name: str) -> int:
-    middle = name.split(".")[1:-1]
-    return int(middle[0]) if middle and middle[0].isdecimal() else 0
+def parted(path: str) -> tuple[str, int]:
+    """What ``path_of`` made a path of: the directory with the name, and the part.  Any other text, such
+    as the identifier of another program's device, is a name of its own with part 0."""
+    found = re.fullmatch(r"(.*?)(?:\.(\d{1,9}))?\.json", path, re.ASCII | re.DOTALL)
+    return (found[1], int(found[2] or 0)) if found else (path, 0)
 
 
 def write(path: str, record: Record) -> int:

@@ -7,7 +7,7 @@ import re
 import stat
 import time
 
-from pyerofs.system.mountinfo import Mount, mounts, topmost
+from pyerofs.system.mountinfo import topmost
 from pyerofs_nbd.errors import NbdError
 
 SYSFS = "/sys/block"
@@ -112,33 +112,9 @@ def wait_gone(index: int, identifier: str | None) -> bool:
     return True
 
 
-def _image(identifier: str) -> str:
-    """What the identifiers of all the devices that carry one image have in common: the names of
-    their recovery files differ in a number only."""
-    return re.sub(r"(?:\.\d+)?\.json$", "", identifier, flags=re.ASCII)
-
-
-def _with(index: int) -> list[int]:
-    """The devices that carry an image together with one, which is among them.
-
-    The kernel shows nowhere that a mount uses the others."""
-    found = backend(index)
-    if not found:
-        return [index]
-    image = _image(found)
-    return [index, *(i for i in devices() if i != index and _image(backend(i) or "") == image)]
-
-
-def _number(index: int) -> str:
-    """``43:0``, as mountinfo has it."""
+def number(index: int) -> str:
+    """``43:0``, as mountinfo has it; "" where there is no such device."""
     return (_read(index, "dev") or "").strip()
-
-
-def mounts_of(index: int) -> list[Mount]:
-    """Where a device is mounted, the latest first; also as one of several that carry an image."""
-    together = _with(index)
-    numbers, nodes = {_number(i) for i in together}, {node(i) for i in together}
-    return [m for m in reversed(mounts()) if m.device in numbers or m.source in nodes]
 
 
 def mounted_at(where: str) -> int | None:
@@ -163,26 +139,3 @@ def modprobe() -> None:
         )
     except (OSError, subprocess.SubprocessError):
         pass
-
-
-def in_use(index: int) -> bool:
-    """Whether the device is mounted in any mount namespace that we see a process of, or one that
-    carries an image together with it.
-
-    (Opening it would tell more, but may hang: the kernel looks for partitions then, and the server
-    may be dead.)"""
-    numbers = {_number(i) for i in _with(index)}
-    seen = set()
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            namespace = os.readlink(f"/proc/{name}/ns/mnt")
-        except OSError:
-            continue  # ended meanwhile
-        if namespace in seen:
-            continue
-        found = mounts(name)
-        if any(mount.device in numbers for mount in found):
-            return True
-        if found:  # else it has ended: another process shows the same namespace
-            seen.add(namespace)
-    return False

@@ -26,7 +26,7 @@ from pyerofs.sources.base import AsyncSource
 from pyerofs.sources.open import open_async, pinned_spec
 from pyerofs.system.daemon import STOPS, heeded, start_logging
 from pyerofs.system.libc import signal_when_parent_dies
-from pyerofs_nbd.devices import recovery, sysfs
+from pyerofs_nbd.devices import groups, recovery, sysfs
 from pyerofs_nbd.devices.driver import disconnect, reconnect
 from pyerofs_nbd.devices.mounting import mounts_flat, unmount
 from pyerofs_nbd.devices.recovery import HEAD, Record
@@ -373,9 +373,9 @@ class _Devices:
         Whether that was possible."""
 
         def release() -> None:
-            for mount in sysfs.mounts_of(index):
+            for mount in groups.mounts_of(index):
                 unmount(mount.where)
-            if sysfs.in_use(index) and not even_busy:
+            if groups.in_use(index) and not even_busy:
                 raise OSError(errno.EBUSY, "")
             if sysfs.attached(index):
                 disconnect(index)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyerofs.errors import one_line
 from pyerofs.units import format_size
-from pyerofs_nbd.devices import recovery, sysfs
+from pyerofs_nbd.devices import groups, recovery, sysfs
 from pyerofs_nbd.errors import NbdError
 from pyerofs_nbd.lifecycle import control
 from pyerofs_nbd.lifecycle.messages import Status, StatusAsked
@@ -27,7 +27,7 @@ def _row(index: int) -> dict[str, Any]:
         "state": "unknown",
         "source": None,
         "size": sysfs.size(index),
-        "mountpoints": [mount.where for mount in sysfs.mounts_of(index)],
+        "mountpoints": [mount.where for mount in groups.mounts_of(index)],
         "recovery": sysfs.backend(index) or None,
         "pid": None,
         "fetched": None,

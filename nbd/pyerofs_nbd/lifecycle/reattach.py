@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pyerofs_nbd.devices import foreign, recovery, sysfs
+from pyerofs_nbd.devices import foreign, groups, recovery, sysfs
 from pyerofs_nbd.devices.driver import driver, explain, reconnect
 from pyerofs_nbd.errors import NbdError
 from pyerofs_nbd.lifecycle import control, messages
@@ -79,9 +79,10 @@ def group_of(index: int, *, accept_unpinned: bool = False) -> Group:
     if not backend:
         raise NbdError(f"{sysfs.node(index)}: was attached without a recovery file")
     found = Group([], [], [])
-    for path in recovery.group(backend):
-        for owned in sysfs.owned_by(path):
-            found.indices.append(owned)
+    members = [(sysfs.backend(i) or "", i) for i in groups.together(index)]
+    for path, member in sorted(members, key=lambda m: recovery.parted(m[0])):
+        if member == index or os.path.lexists(path):  # else it has gone meanwhile
+            found.indices.append(member)
             found.paths.append(path)
             found.records.append(load(path, accept_unpinned=accept_unpinned))
     if not found.indices:

@@ -5,21 +5,11 @@ from __future__ import annotations
 import errno
 import os
 
-from pyerofs_nbd.devices import recovery, sysfs
+from pyerofs_nbd.devices import groups, recovery, sysfs
 from pyerofs_nbd.devices.driver import check_privilege, disconnect, explain
 from pyerofs_nbd.devices.mounting import unmount
 from pyerofs_nbd.errors import NbdError
 from pyerofs_nbd.lifecycle.reattach import resolve
-
-
-def _together(index: int) -> list[tuple[int, str | None]]:
-    """The devices that were attached with one, itself first, and their identifiers."""
-    backend = sysfs.backend(index)
-    found: list[tuple[int, str | None]] = [(index, backend)]
-    if backend:
-        for path in recovery.group(backend):
-            found += [(i, path) for i in sysfs.owned_by(path) if i != index]
-    return found
 
 
 def unmount_target(target: str) -> None:
@@ -28,9 +18,9 @@ def unmount_target(target: str) -> None:
     Raises NbdError."""
     check_privilege()
     index = resolve(target)
-    together = _together(index)
+    together = [(i, sysfs.backend(i)) for i in groups.together(index)]
     only = None if sysfs.index_of(target) is not None else os.path.realpath(target)
-    for mount in sysfs.mounts_of(index):
+    for mount in groups.mounts_of(index):
         if only is not None and mount.where != only:
             continue
         try:
@@ -39,7 +29,7 @@ def unmount_target(target: str) -> None:
             hint = "; somebody uses it (fuser -vm shows who)" if e.errno == errno.EBUSY else ""
             raise NbdError(f"{mount.where}: {e.strerror}{hint}") from None
     for other, identifier in together:
-        if sysfs.mounts_of(other) or (sysfs.attached(other) and sysfs.in_use(other)):
+        if groups.mounts_of(other) or (sysfs.attached(other) and groups.in_use(other)):
             continue  # mounted elsewhere as well
         _take_away(other, identifier)
     recovery.collect()
@@ -49,8 +39,8 @@ def disconnect_target(target: str) -> list[str]:
     """Disconnect a device, whoever uses it; returns where it was mounted.  Raises NbdError."""
     check_privilege()
     index = resolve(target)
-    left = [mount.where for mount in sysfs.mounts_of(index)]
-    for other, identifier in _together(index):
+    left = [mount.where for mount in groups.mounts_of(index)]
+    for other, identifier in [(i, sysfs.backend(i)) for i in groups.together(index)]:
         _take_away(other, identifier)
     recovery.collect()
     return left
@@ -59,7 +49,7 @@ def disconnect_target(target: str) -> list[str]:
 def _take_away(index: int, identifier: str | None) -> None:
     if not sysfs.attached(index) or sysfs.backend(index) != identifier:
         return
-    mounted = sysfs.in_use(index)
+    mounted = groups.in_use(index)
     try:
         disconnect(index)
     except OSError as e:

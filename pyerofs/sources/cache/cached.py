@@ -1,11 +1,11 @@
-"""A remote blob read through a store: what is not there is fetched, once, in large ranges.
+"""A remote blob read through its cache: missing segments are fetched, once each, in large ranges.
 
-Readers ask for bytes; what is missing becomes *flights*, one for each segment, that any number of
-readers wait for.  Neighbouring segments share a request.  Requests run in the background, so a reader
-that gives up leaves the flight to the others.
+Each missing segment is fetched by a *flight*, a single flight that any number of readers wait for.
+Neighbouring segments share a request.  Requests run in the background, so a reader that is cancelled
+leaves its flights to other readers.
 
-What comes is claimed, not verified (``store.py``).  Once everything is on disk the digest is checked in
-the background; ``verify`` fetches what is missing and waits for that.
+Fetched bytes are claimed, not verified (``store.py``).  Once all of them are on disk, the digest is
+checked in the background (``verifier.py``).  ``verify`` fetches the missing ones and waits for that.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ log = logging.getLogger("pyerofs")
 
 RANGE = 8  # segments of one request at most; a reader waits for its own segment only
 REQUESTS = 6  # at the same time
-BACKGROUND = 2  # workers that fetch what nobody waits for yet
+BACKGROUND = 2  # tasks that fetch hinted ranges, for which no reader waits yet
 BACKGROUND_RANGE = 4  # segments of their requests: what a reader may have to share the line with
-HINTS = 256  # ranges that are remembered as needed soon
-WRITES = 8  # segments on their way to the disk
+HINTS = 256  # hinted ranges in the queue at most
+WRITES = 8  # segments being written to the disk at the same time
 PATIENCE = 15.0  # seconds that another process may take for a segment before we fetch it ourselves
-REREADS = 3  # of a segment that is not what was stored
+REREADS = 3  # attempts to read a segment whose checksum is wrong or that was evicted
 
 
 class Remote(Protocol):
-    """Where a blob is fetched from."""
+    """The server's side of a blob."""
 
     name: str
     size: int
@@ -58,7 +58,7 @@ class Remote(Protocol):
 
     @property
     def traffic(self) -> Traffic:
-        """What went over the network."""
+        """Counters of requests, bytes and retries."""
 
     def stream(self, start: int, end: int, pace: Pace) -> AsyncGenerator[tuple[int, bytes], None]:
         """See ``HttpBlob.stream``."""
@@ -108,9 +108,9 @@ class CachedSource(AsyncSource):
         self._flights: dict[int, Flight] = {}
         self._requests = trio.CapacityLimiter(REQUESTS)
         self._writes = trio.CapacityLimiter(WRITES)
-        self._later: deque[tuple[int, int]] = deque()  # rows that will be needed
-        self._workers = 0
-        self._urgent = 0  # requests that readers wait for
+        self._later: deque[tuple[int, int]] = deque()  # hinted (first, last) segments
+        self._workers = 0  # background tasks that run now
+        self._urgent = 0  # requests under way that readers wait for
         self._quiet = trio.Event()
         self._ahead = ReadAhead(self._count)
         self._verifier = Verifier(store, nursery)
@@ -131,7 +131,7 @@ class CachedSource(AsyncSource):
 
     @property
     def blocking(self) -> Source | None:
-        """Once everything is there, the cache's file; reading it costs what any file does."""
+        """The cache's file, once the blob is complete in it."""
         return self._whole.blocking if self._store.complete else None
 
     @property
@@ -152,19 +152,19 @@ class CachedSource(AsyncSource):
 
     @property
     def digest(self) -> str | None:
-        """What all bytes together have to be; None where nothing says so."""
+        """The digest that all bytes together must have; None where none is known."""
         return self._store.digest
 
     @property
     def verified(self) -> bool:
-        """Whether what is read is known to be what the blob's digest says."""
+        """Whether the digest of all bytes was checked."""
         return self._store.verified
 
     def will_need(self, offset: int, length: int) -> None:
         if length <= 0 or not within(self.size, offset, length) or self._store.complete:
             return
         first, last = offset >> SEGMENT_BITS, offset + length - 1 >> SEGMENT_BITS
-        near = min(last, first + WINDOW)  # a look at all of a large range would take too long
+        near = min(last, first + WINDOW)  # checking all of a large range would take too long
         if len(self._later) < HINTS and (near < last or self._absent(first, near)):
             self._later.append((first, last))
             if self._workers < BACKGROUND:
@@ -189,7 +189,7 @@ class CachedSource(AsyncSource):
             try:
                 return await self._whole.read_at(offset, length)
             except IntegrityError:
-                pass  # no longer complete: what is damaged is fetched again
+                pass  # no longer complete: the damaged segments are fetched again below
         if all(n not in self._flights for n in range(first, last + 1)):
             found = await trio.to_thread.run_sync(self._store.read, offset, length)
             if found is not None:
@@ -207,7 +207,7 @@ class CachedSource(AsyncSource):
         self._store.close()
 
     def status(self) -> dict[str, Any]:
-        """Numbers for people: what there is, and what went over the network."""
+        """What is cached and verified, and what went over the network."""
         traffic = self._remote.traffic
         return {
             "name": self.name,
@@ -221,7 +221,8 @@ class CachedSource(AsyncSource):
         }
 
     async def forget(self, offset: int, length: int) -> bool:
-        """Drop what is stored of a range: it was found to be wrong, and is to be fetched again."""
+        """Drop the segments of a range, which were found to be wrong.  True if fetching them again may
+        bring other bytes."""
         first, last = offset >> SEGMENT_BITS, offset + length - 1 >> SEGMENT_BITS
 
         def forget() -> bool:
@@ -233,14 +234,14 @@ class CachedSource(AsyncSource):
     # segments ----------------------------------------------------------------------------
 
     def seed(self, data: bytes) -> None:
-        """Store the beginning of the blob, which came with an answer, as far as it makes segments."""
+        """Store the blob's first segment if ``data``, its first bytes, holds all of it."""
         if len(data) >= min(SEGMENT, self.size) and self._absent(0, 0):
             with self._store.claimed(0, 0) as ours:
                 if ours:
                     self._store.put(0, data[:SEGMENT])
 
     def _absent(self, first: int, last: int) -> list[int]:
-        """Segments that are neither stored nor on their way."""
+        """Which of the segments ``first`` to ``last`` are neither stored nor being fetched."""
         found = self._store.missing(first, min(last, self._count - 1))
         return [n for n in found if n not in self._flights]
 
@@ -261,14 +262,14 @@ class CachedSource(AsyncSource):
         try:
             await trio.to_thread.run_sync(self._store.check, first, last)
         except OSError:
-            pass  # the reader will see it
+            pass  # the reader of that segment meets the same error
 
     def _start(self, numbers: Sequence[int], *, urgent: bool) -> list[Flight]:
-        """Start fetching segments, neighbours together."""
+        """Start flights for segments; neighbours share a request."""
         if not numbers:
             return []
         limit = RANGE
-        if not self._remote.ranged:  # they all come, whatever we ask for
+        if not self._remote.ranged:  # the server sends the whole blob, whatever range is asked for
             numbers, limit = self._absent(0, self._count - 1), self._count
         started = []
         for first, last in rows(numbers, limit):
@@ -279,7 +280,7 @@ class CachedSource(AsyncSource):
         return started
 
     async def _segment(self, number: int) -> Buffer:
-        """A whole segment, from wherever it is.  Raises SourceError."""
+        """One segment, from the store or fetched.  Raises SourceError."""
         offset, length = self._store.extent(number)
         for _ in range(REREADS):
             flight = self._flights.get(number)
@@ -307,7 +308,7 @@ class CachedSource(AsyncSource):
     # fetching ----------------------------------------------------------------------------
 
     async def _fetch_later(self) -> None:
-        """Fetch what will be needed, when no reader waits for something else."""
+        """Fetch hinted ranges while no reader waits for the network."""
         try:
             while self._later:
                 first, last = self._later.popleft()
@@ -318,7 +319,7 @@ class CachedSource(AsyncSource):
                     for flight in self._start(row, urgent=False):
                         await flight.done.wait()
                         if flight.error is not None:
-                            return  # whoever reads there will see it
+                            return  # a reader of that segment meets the same error
                     if row and self._rate:
                         await trio.sleep_until(started + (len(row) << SEGMENT_BITS) / self._rate)
                     first += BACKGROUND_RANGE
@@ -332,7 +333,7 @@ class CachedSource(AsyncSource):
             await self._quiet.wait()
 
     async def _fetch(self, first: int, last: int, urgent: bool) -> None:
-        """Fetch a row of segments for which there are flights."""
+        """Fetch neighbouring segments, whose flights have been started, and end these flights."""
         pace = Pace(self._timeout)
         error: SourceError | None = None
         self._urgent += urgent
@@ -346,7 +347,7 @@ class CachedSource(AsyncSource):
             error = e
         except OSError as e:
             error = SourceError(f"{self.name}: the cache can't be used: {e.strerror}")
-        except Exception as e:  # a mistake of ours must not end the mount
+        except Exception as e:  # an internal error must not end the mount
             log.exception("%s: unexpected", self.name)
             error = SourceError(f"{self.name}: unexpected {type(e).__name__}")
         finally:
@@ -366,7 +367,8 @@ class CachedSource(AsyncSource):
         flight.stored.set()
 
     async def _fetch_claimed(self, first: int, last: int, pace: Pace) -> None:
-        """Fetch, unless another process is doing so: then wait until it has."""
+        """Fetch what is missing.  While another process holds the lock on these segments, wait for it
+        to store them, for PATIENCE seconds at most."""
         delay = 0.01
         patience = trio.current_time() + PATIENCE
         while True:
@@ -381,7 +383,7 @@ class CachedSource(AsyncSource):
                 if ours or trio.current_time() > patience:
                     for start, end in rows(missing, self._count):
                         await self._receive(start, end, pace)
-                    for number in missing:  # until it is stored, others had better not fetch it
+                    for number in missing:  # keep the lock until the segments are stored
                         flight = self._flights.get(number)
                         if flight is not None and flight.data is not None:
                             await flight.stored.wait()
@@ -390,10 +392,10 @@ class CachedSource(AsyncSource):
             delay = min(delay * 1.5, 0.2)
 
     async def _receive(self, first: int, last: int, pace: Pace) -> None:
-        """Make segments of what comes over the network.
+        """Cut a response into segments, and end their flights.
 
-        What was asked for has to come before the pace's deadline; a download of everything, from a
-        server that can do nothing else, has to go on."""
+        A range has to arrive before the pace's deadline.  The whole blob, from a server without ranges,
+        has to make progress instead."""
         start, end = first << SEGMENT_BITS, min((last + 1) << SEGMENT_BITS, self.size)
         number, buffer = -1, bytearray()
         stream = self._remote.stream(start, end, pace)
@@ -420,10 +422,10 @@ class CachedSource(AsyncSource):
         flight = self._flights.get(number)
         if flight is None:
             if not self._absent(number, number):
-                return  # a server without ranges sends what we have, too
+                return  # already stored: a server without ranges sends it again
             flight = self._flights[number] = Flight()
         if flight.data is not None:
-            return  # and does so for each request
+            return  # already fetched, by another request to such a server
         if (
             self._store.verified
         ):  # memory has dropped it: it must be what it was before anybody sees it
