@@ -1,8 +1,8 @@
-"""The server of attached devices: a process of its own, started by the one that attaches.
+"""The holder: the process that serves attached devices, forked by the attacher.
 
-It opens the sources, checks or writes the recovery files, says that it is ready, gets the sockets,
-and serves them until the devices are gone.  Until it is told that all is well it undoes everything
-when the other one vanishes.
+It opens the sources, checks or writes the recovery files, receives the devices' connections and
+serves them until the devices are gone.  ``messages`` describes what the two say to each other: a holder
+whose attacher ends before Live detaches its devices again.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ log = logging.getLogger("pyerofs-nbd")
 TAKING = 30.0  # seconds that another process may take to confirm that it has taken over
 GRACE = 5.0  # seconds for replies when the process ends
 SERVER_NAME = "pyerofs-nbd"
-ORPHANED = signal.SIGUSR1  # the thread that has started us is no more
-LAST_WORDS = 0.5  # seconds to hear what it said before
+ORPHANED = signal.SIGUSR1  # sent by the kernel when the attacher's thread ends
+LAST_WORDS = 0.5  # seconds to receive what the attacher has sent before
 
 
 def run(job: Job, channel: socket.socket) -> NoReturn:
-    """The life of the process, just forked.  Never returns."""
+    """All that the holder does, from the fork to its exit.  Never returns."""
     status = 1
     try:
         _settle(job, channel)
@@ -98,7 +98,7 @@ def _tell(channel: socket.socket, message: str) -> None:
 
 
 def _settle(job: Job, channel: socket.socket) -> None:
-    """Become a daemon: own session, nothing inherited that is not needed."""
+    """Become a daemon: a session of its own, and only the descriptors that the holder needs."""
     os.setsid()
     os.chdir("/")
     os.umask(0o077)
@@ -110,7 +110,7 @@ def _settle(job: Job, channel: socket.socket) -> None:
             try:
                 os.close(fd)
             except OSError:
-                pass  # the listing's own
+                pass  # the descriptor that listed the directory
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for fd in (0,) if job.foreground else (0, 1, 2):
         os.dup2(null, fd)
@@ -120,7 +120,7 @@ def _settle(job: Job, channel: socket.socket) -> None:
 
 
 class _Devices:
-    """The devices of one server."""
+    """The devices that one holder serves, from opening their sources to the last reply."""
 
     def __init__(self, job: Job, channel: socket.socket) -> None:
         self._job = job
@@ -129,8 +129,8 @@ class _Devices:
         self._exports: list[Export] = []
         self._sources: list[AsyncSource] = []
         self._server: Server
-        self._over = trio.Event()  # set when a pass of serving has come to its end
-        self._decided = trio.Event()  # set when it is known whether somebody takes over
+        self._over = trio.Event()  # set when no request is being answered any more
+        self._decided = trio.Event()  # set when a takeover has succeeded or failed
         self._state = State.OPENING
         self._orphaned = trio.Event()
         self._scope = trio.CancelScope()
@@ -138,7 +138,7 @@ class _Devices:
         self._control_path = ""
 
     async def run(self) -> int:
-        """Returns the exit status."""
+        """Serve until the devices are gone or taken over; the exit status."""
         stops = heeded(*STOPS)
         with trio.open_signal_receiver(*stops, ORPHANED) as signals:
             signal_when_parent_dies(ORPHANED)
@@ -230,7 +230,7 @@ class _Devices:
         try:
             control.send(self._channel, message)
         except OSError:
-            pass  # it vanished: the next one to listen finds out
+            pass  # the attacher has ended: the next receive tells
         await trio.lowlevel.checkpoint()
 
     async def _hear(self) -> tuple[Message | None, list[int]]:
@@ -242,7 +242,7 @@ class _Devices:
             return None, []
 
     async def _settle_in(self) -> None:
-        """Wait to be told that all is well; undo everything where that never comes."""
+        """Wait for Live; without it, detach the devices that were attached for this holder."""
         message = await self._last_word()
         if not isinstance(message, Live):
             await self._undo()
@@ -257,10 +257,11 @@ class _Devices:
             self._channel = None
 
     async def _last_word(self) -> Message | None:
-        """What the other process says at last; None where it ends before.
+        """The attacher's last message; None where it ends without one.
 
-        When it is killed while a thread of it hangs in mount(2), it neither ends nor hangs up until
-        that is over, which waits for us; but its other thread does end."""
+        An attacher that is killed while its second thread hangs in mount(2) neither ends nor closes
+        its socket until mount(2) returns, which waits for this holder.  But its first thread ends,
+        and the kernel reports that as ORPHANED."""
         message = None
         async with trio.open_nursery() as nursery:
 
@@ -275,7 +276,7 @@ class _Devices:
         return message
 
     async def _undo(self) -> None:
-        """The one who attached has vanished halfway."""
+        """Detach the devices of an attachment that was not completed."""
         if not self._job.new:
             return
         for part in self._parts:
@@ -298,7 +299,7 @@ class _Devices:
     # --- serving ------------------------------------------------------------------------------
 
     async def _serve(self, nursery: trio.Nursery) -> None:
-        """Serve until all devices are gone, or somebody has taken them over."""
+        """Serve until all devices are gone, or another holder has taken them over."""
         while True:
             async with trio.open_nursery() as serving:
                 self._scope = serving.cancel_scope
@@ -327,13 +328,15 @@ class _Devices:
         if part.path is not None:
             recovery.remove(part.path)
         log.info("%s is disconnected", sysfs.node(part.index))
-        if self._job.ioctl:  # nothing but us knows which devices carry the same image
+        if (
+            self._job.ioctl
+        ):  # without identifiers, only this process knows the image's other devices
             for other in self._parts:
                 if other.connection is not None:
                     await self._release_device(other.index, even_busy=True)
 
     async def _connect_again(self, part: Part, path: str) -> socket.socket | None:
-        """The kernel has dropped a connection, and the device may still be there."""
+        """Connect again to a device whose connection the kernel has closed; None where it is gone."""
         while sysfs.attached(part.index) and sysfs.backend(part.index) == path:
             try:
                 found = await trio.to_thread.run_sync(reconnect, part.index, path, 5.0)
@@ -347,7 +350,7 @@ class _Devices:
         return None
 
     def _clean(self) -> None:
-        """Remove the traces; those of devices that are still there stay, for recovery."""
+        """Remove the files of devices that are gone; those of other devices stay, for recovery."""
         taken = self._state is State.TAKEN
         for part in self._parts:
             if part.path is not None and not taken and not sysfs.owned_by(part.path):
@@ -446,7 +449,7 @@ class _Devices:
         )
 
     async def _hand_over(self, client: socket.socket) -> None:
-        """Give everything to another process; go on serving where that does not take it."""
+        """Send the connections and locks to another holder; serve on where it does not confirm."""
         self._over, self._decided = trio.Event(), trio.Event()
         self._state = State.HANDING
         taken = False
