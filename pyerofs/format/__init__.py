@@ -1,4 +1,4 @@
-"""EROFS itself: from bytes to inodes, names and data.
+"""The EROFS format: parse an image's bytes into inodes, names and file data.
 
-Plain functions over a ``Memory``.  Of sources this package knows the contract only (``sources.base``);
-it knows no path of this machine, no trio and no network."""
+Plain functions over a ``Memory``.  This package knows sources only by their contract
+(``sources.base``); it uses no local file paths, no trio and no network."""

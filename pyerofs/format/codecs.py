@@ -1,11 +1,12 @@
 """Decode one pcluster: bytes in, bytes out, one function per algorithm.
 
-Each takes the encoded bytes (with their zero padding), the decoded length that the extent promises
-and whether the pcluster may hold more than that (``partial``: a deduplicated reference to its
-first bytes).  Each returns at least ``length`` bytes and never more than PCLUSTER_MAX_DSIZE, so that
-a bomb costs no more than the largest legal pcluster.  All codecs release the GIL.
+Each function takes the encoded bytes (zero padding included), the decoded length that the extent
+promises, and ``partial``: whether the pcluster may decode to more than that (a deduplicated extent
+may refer to its first bytes only).  Each returns at least ``length`` bytes and never more than
+PCLUSTER_MAX_DSIZE, so that a decompression bomb costs no more than the largest legal pcluster.  All
+codecs release the GIL.
 
-Codecs are imported when first needed: start-up time is felt at every mount.
+Codec libraries are imported on first use, because start-up time counts at every mount.
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ from pyerofs.format.ondisk import (
 )
 from pyerofs.sources.base import Buffer
 
-LZMA_MAX_DICT_SIZE = 8 << 20  # what the kernel allows
-ZSTD_MAX_WINDOW_LOG = 23  # 8 MiB: bounds what a streaming decoder allocates
+LZMA_MAX_DICT_SIZE = 8 << 20  # the kernel's limit
+ZSTD_MAX_WINDOW_LOG = 23  # 8 MiB: bounds the memory of a streaming decoder
 
-STOP_EARLY = {ALG_LZ4, ALG_LZMA, ALG_DEFLATE}  # what is not asked for is not decoded (or hardly)
-PADDING = 4096  # bytes of zeros that are looked for first
+STOP_EARLY = {ALG_LZ4, ALG_LZMA, ALG_DEFLATE}  # decoders that stop after ``length`` bytes
+PADDING = 4096  # bytes searched for the end of the padding before the whole pcluster is
 
 
 class DecodeError(Exception):
-    """The bytes are not a valid stream of the algorithm; the caller adds where they came from."""
+    """The bytes are not a valid stream of the algorithm; the caller adds their location."""
 
 
 def unpadded(data: Buffer) -> memoryview:
-    """The stream without the zeros that align it to its block's end."""
+    """The stream without the leading zeros, which align it to the end of its block."""
     view = memoryview(data)
     if view and view[0]:
         return view
-    for size in (PADDING, len(view)):  # there is less than a block of them, unless it is corrupt
+    for size in (PADDING, len(view)):  # padding is shorter than a block unless corrupt
         head = bytes(view[:size])
         zeros = len(head) - len(head.lstrip(b"\0"))
         if zeros < len(head):
@@ -68,9 +69,9 @@ def lz4(data: Buffer, length: int, partial: bool) -> Buffer:
 
 @functools.cache
 def _lz4_partial() -> Callable[[memoryview, int], Buffer] | None:
-    """A decoder that stops after so many bytes; None where there is none.
+    """A decoder that stops after ``length`` bytes of output; None if it is not available.
 
-    python-lz4 has it in the library that it is made of, but no way to call it; ctypes has."""
+    ctypes calls LZ4_decompress_safe_partial, which python-lz4 contains but does not expose."""
     import ctypes as c
 
     from lz4.block import _block
@@ -95,10 +96,10 @@ def _lz4_partial() -> Callable[[memoryview, int], Buffer] | None:
 
 
 def lz4_unpadded(data: Buffer, length: int, partial: bool) -> bytes:
-    """LZ4 block, left-aligned with rubbish behind it (images before LZ4_0PADDING).
+    """LZ4 block, left-aligned and followed by garbage (images before LZ4_0PADDING).
 
-    python-lz4 insists on a stream's exact end, so the tokens are walked up to ``length`` bytes of
-    output, the stream is cut there and closed with literals of ours."""
+    python-lz4 needs the exact end of a stream.  So the sequences are scanned until they produce
+    ``length`` bytes; the stream is cut there and terminated with literals."""
     from lz4.block import LZ4BlockError, decompress
 
     stream, produced = lz4_head(bytes(data), length)
@@ -110,9 +111,10 @@ def lz4_unpadded(data: Buffer, length: int, partial: bool) -> bytes:
 
 
 def lz4_head(data: bytes, length: int) -> tuple[bytes, int]:
-    """The sequences of an LZ4 block that produce its first ``length`` bytes, as a block of their
-    own, and how many bytes that block produces: some more, because the codec wants the last match
-    of a block to be followed by literals."""
+    """Cut an LZ4 block after the sequences that produce its first ``length`` bytes.
+
+    Returns a valid block and its decoded size, which is larger than ``length``, because the codec
+    requires literals after the last match of a block.  Raises DecodeError."""
     pos = out = 0
     try:
         while True:
@@ -143,7 +145,7 @@ _LZ4_TAIL = bytes(16)
 
 
 def _lz4_run(data: bytes, pos: int, nibble: int) -> tuple[int, int]:
-    """A length that starts in a token's nibble, and where the bytes after it start."""
+    """Decode a length that starts in a token's nibble; returns it and the position after it."""
     if nibble == 15:
         while True:
             more = data[pos]
@@ -235,7 +237,7 @@ def zstd(data: Buffer, length: int, partial: bool) -> bytes:
         )
     try:
         if not partial:
-            # a frame that states its size is decoded into just that much: check it first
+            # decompress() allocates the size that the frame header states: check it first
             size = zstandard.frame_content_size(stream)
             if size in (-1, length):
                 out = decompressor.decompress(stream, max_output_size=length)
@@ -249,9 +251,9 @@ def zstd(data: Buffer, length: int, partial: bool) -> bytes:
 
 
 def interlaced(data: Buffer, length: int, shift: int) -> bytes:
-    """Stored bytes, rotated so that each keeps its place within a block.
+    """Stored bytes, rotated so that each keeps its position within a block.
 
-    ``shift`` is how many of them, at the end of ``data``, come first."""
+    ``shift``: how many bytes at the end of ``data`` are the first ones of the result."""
     data = bytes(data)
     if length > len(data) or shift > len(data):
         raise DecodeError("interlaced: longer than its blocks")
@@ -292,7 +294,7 @@ def decode(
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """``decode`` for one image: what its superblock says about its streams."""
+    """``decode`` with the codec parameters of one image's superblock."""
 
     zero_padded: bool = True
     lzma_dict_size: int = LZMA_MAX_DICT_SIZE

@@ -1,4 +1,4 @@
-"""CRC-32C (Castagnoli), as the superblock's checksum needs it: at most 64 KiB, once an image."""
+"""CRC-32C (Castagnoli) for the superblock's checksum: at most 64 KiB, once per image."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Read file data through the memory: map, fetch, decode, cut, join.
+"""Read file data through a Memory: map, fetch, decode, cut, join.
 
-This is the whole read path of the synchronous API, and of everything that is metadata to the
-asynchronous one: directories, long symlinks, the packed inode and the metabox.
+The synchronous API reads everything with ``read``.  The asynchronous API uses it for metadata
+(directories, long symlinks, the packed inode, the metabox), and the other functions here for file
+data.
 """
 
 from __future__ import annotations
@@ -19,22 +20,24 @@ from pyerofs.format.ondisk import ALG_INTERLACED
 from pyerofs.format.volume import Volume
 from pyerofs.sources.base import Buffer
 
-MAX_READ = 1 << 31  # bytes in one call: what a caller can hold in memory anyway
+MAX_READ = 1 << 31  # bytes per call; the result has to fit in memory
 
 
 def read(vol: Volume, inode: Inode, offset: int, length: int, sparse: bool = False) -> Buffer:
-    """Up to ``length`` bytes at ``offset``, less only at the file's end.  No copy where the range
-    lies within one pcluster.  ``sparse``: what lies behind it is not likely to be read soon.
+    """Up to ``length`` bytes at ``offset``; fewer only at the file's end.  Not copied if the range
+    lies within one pcluster.
 
-    Raises CorruptImage, SourceError, or a Fault of the memory."""
+    ``sparse``: the bytes that follow are unlikely to be read soon, so decode only what is needed.
+
+    Raises ErofsError above MAX_READ, CorruptImage, SourceError, or Fault (FaultingMemory only)."""
     return joined([piece(vol, inode, *cut, sparse) for cut in cuts(vol, inode, offset, length)])
 
 
-Cut: TypeAlias = tuple[Extent, int, int]  # of an extent: from which of its bytes on, and how many
+Cut: TypeAlias = tuple[Extent, int, int]  # an extent, the first byte to use of it, and how many
 
 
 def cuts(vol: Volume, inode: Inode, offset: int, length: int) -> Iterator[Cut]:
-    """What ``read`` takes of which extents, in order.  Raises as ``read`` does."""
+    """The part of each extent that ``read`` needs, in order.  Raises as ``read`` does."""
     end = min(offset + length, inode.size)
     if offset >= end:
         return
@@ -48,14 +51,15 @@ def cuts(vol: Volume, inode: Inode, offset: int, length: int) -> Iterator[Cut]:
 
 
 def joined(parts: Sequence[Buffer]) -> Buffer:
-    """Buffers as one; a single one is not copied."""
+    """Concatenate buffers; a single one is returned without a copy."""
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def piece(
     vol: Volume, inode: Inode, extent: Extent, skip: int, length: int, sparse: bool = False
 ) -> Buffer:
-    """``length`` bytes of an extent, from its byte ``skip`` on."""
+    """``length`` bytes of an extent, starting at its byte ``skip``.  ``sparse`` and errors as for
+    ``read``."""
     kind = extent.kind
     if kind == ENCODED:
         wanted = pcluster(vol, inode, extent)
@@ -67,7 +71,7 @@ def piece(
         return memoryview(decoded)[skip : skip + length]
     if kind == PLAIN and inode.is_file and inode is not vol.packed:
         return vol.memory.raw(extent.device, extent.address + skip, length)
-    if kind in (META, PLAIN):  # what directories and links hold is metadata: it is kept
+    if kind in (META, PLAIN):  # metadata (directories, links, inline tails) is cached
         buffer, pos = vol.memory.at(extent.device, extent.address + skip, length)
         return memoryview(buffer)[pos : pos + length]
     if kind == HOLE:
@@ -79,16 +83,16 @@ def piece(
 
 
 def check_fragment(inode: Inode, data: Buffer, length: int) -> None:
-    """Raise CorruptImage where the packed inode did not have all of a fragment."""
+    """Raise CorruptImage if ``data``, read from the packed inode, is shorter than the fragment."""
     if len(data) < length:
         raise CorruptImage("fragment beyond the packed inode's end", nid=inode.nid)
 
 
 def pcluster(vol: Volume, inode: Inode, extent: Extent) -> Pcluster:
-    """The pcluster behind an ENCODED extent."""
+    """The pcluster to which an ENCODED extent refers."""
     shift = 0
     if extent.algorithm == ALG_INTERLACED:
-        # what lies behind the extent's place in its first block comes first
+        # the first bytes, up to the end of the extent's first block, are stored last
         block = vol.sb.block_size
         shift = block - (extent.start & block - 1)
     return Pcluster(
@@ -104,7 +108,7 @@ def pcluster(vol: Volume, inode: Inode, extent: Extent) -> Pcluster:
 
 
 def packed_inode(vol: Volume, inode: Inode) -> Inode:
-    """The inode that holds the fragments of ``inode``."""
+    """The packed inode, which holds the fragments of ``inode``.  Raises CorruptImage, or Fault."""
     packed = vol.packed
     if packed is None:
         if not vol.sb.packed_nid:
@@ -119,7 +123,7 @@ def packed_inode(vol: Volume, inode: Inode) -> Inode:
 
 
 def attach_metabox(vol: Volume) -> None:
-    """Read the metabox inode, if there is one, and let the memory read through it."""
+    """Load the metabox inode, if the image has one, and let the memory read through it."""
     if vol.sb.metabox_nid:
         metabox = inodes.load(vol, vol.sb.metabox_nid)
         if not metabox.is_file:

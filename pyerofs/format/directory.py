@@ -1,9 +1,9 @@
 """Directories: lookup by binary search, listing block by block.
 
-A directory's data is a row of blocks.  Each starts with its 12-byte records, in the byte order of
-their names across the whole directory; the names follow.  A record tells where its name starts; the
-first name's place thus tells how many records there are, and the next record's where a name ends.
-The last name ends at a NUL or at the block's (or the directory's) end.
+A directory's data is a sequence of blocks.  A block starts with 12-byte records, sorted by name
+(byte order) across the whole directory; the names follow.  A record gives the offset of its name;
+the first name's offset therefore tells how many records there are, and each name ends where the
+next one starts.  The last name ends at a NUL or at the end of the block (or directory).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _SIZE = DIRENT.size  # 12
 
 
 def lookup(vol: Volume, directory: Inode, name: bytes) -> tuple[int, int] | None:
-    """(nid, file type) of an entry, or None.  Reads O(log n) blocks.
+    """(nid, file type) of an entry, or None if there is none.  Reads O(log n) blocks.
 
-    Raises CorruptImage, SourceError, or a Fault of the memory."""
+    Raises CorruptImage, SourceError, or Fault (FaultingMemory only)."""
     if name == b"." and directory.dot_omitted:
         return directory.nid, FT_DIR
     size = vol.sb.directory_block_size
     low, high = 0, -(-directory.size // size)
     block, count = b"", 0
-    while low < high:  # find the last block whose first name is not after ours
+    while low < high:  # find the last block whose first name is not after ``name``
         middle = (low + high) // 2
         candidate, n = _block(vol, directory, middle)
         first = _name(candidate, 0, n, directory)
@@ -56,9 +56,10 @@ def lookup(vol: Volume, directory: Inode, name: bytes) -> tuple[int, int] | None
 
 
 def entries(vol: Volume, directory: Inode, cookie: int = 0) -> Iterator[Dirent]:
-    """All entries from ``cookie`` on, ``.`` and ``..`` included where they are stored.
+    """The entries from ``cookie`` on, in stored order, including ``.`` and ``..`` if they are
+    stored.
 
-    Names come as they are stored; they are checked to be legal file names."""
+    Names are checked to be legal file names, but not to be sorted.  Raises as ``lookup`` does."""
     size = vol.sb.directory_block_size
     index, skip = divmod(cookie, size)
     while index * size < directory.size:
@@ -79,7 +80,7 @@ def block_entries(vol: Volume, directory: Inode, index: int, first: int = 0) -> 
     length = len(block[last:].split(b"\0", 1)[0])
     ends = [*starts[1:], last + length]
     names = [block[start:end] for start, end in zip(starts, ends, strict=True)]
-    # one look at all names together: none is empty, too long, or has a NUL or slash in it
+    # check all names at once: none may be empty, too long, or contain a NUL or slash
     text = block[count * _SIZE : last + length]
     lengths = [*map(len, names)]
     if (
@@ -100,7 +101,7 @@ def block_entries(vol: Volume, directory: Inode, index: int, first: int = 0) -> 
 
 
 def _block(vol: Volume, directory: Inode, index: int) -> tuple[bytes, int]:
-    """One directory block and how many records it has."""
+    """One directory block, and its number of records."""
     size = vol.sb.directory_block_size
     block = bytes(read(vol, directory, index * size, size))
     if len(block) < _SIZE:
@@ -114,7 +115,7 @@ def _block(vol: Volume, directory: Inode, index: int) -> tuple[bytes, int]:
 
 
 def _name(block: bytes, i: int, count: int, directory: Inode) -> bytes:
-    """The name of record ``i`` as far as comparing needs it."""
+    """The name of record ``i``, checked only to be non-empty: for comparisons."""
     at = i * _SIZE
     start = block[at + 8] | block[at + 9] << 8
     if i + 1 < count:

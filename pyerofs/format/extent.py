@@ -1,4 +1,4 @@
-"""Map any file: which extents cover a range of it.
+"""Map a range of any file to the extents that hold it.
 
 Flat files are consecutive blocks, perhaps with an inline tail; chunk-based files have a table of
 chunk addresses; compressed files are mapped by ``zmap``.
@@ -17,10 +17,11 @@ CHUNKS_AT_ONCE = 4096  # chunk addresses decoded per step: 32 KiB of indexes
 
 
 def extents(vol: Volume, inode: Inode, offset: int, length: int) -> Iterator[Extent]:
-    """The extents that cover ``[offset, offset + length)``, whole, in order, up to the file's end.
+    """The extents that overlap ``[offset, offset + length)``, uncut, in order, up to the file's
+    end.
 
-    Neighbouring chunks that also lie side by side come as one extent.  Raises CorruptImage,
-    UnsupportedFeature, or a Fault of the memory."""
+    Consecutive chunks that are adjacent on their device are merged into one extent.  Raises
+    CorruptImage, UnsupportedFeature, DeviceMissing, or Fault (FaultingMemory only)."""
     end = min(offset + length, inode.size)
     if offset >= end:
         return iter(())

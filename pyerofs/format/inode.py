@@ -1,4 +1,4 @@
-"""nid -> Inode: the compact (32-byte) and the extended (64-byte) record."""
+"""Load inodes by nid, from compact (32-byte) or extended (64-byte) records."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE_TYPES = {0o010000, 0o020000, 0o040000, 0o060000, 0o100000, 0o120000, 0o1400
 
 
 def load(vol: Volume, nid: int) -> Inode:
-    """Read an inode.  Raises CorruptImage, UnsupportedFeature, or a Fault of the memory."""
+    """Read an inode.  Raises CorruptImage, UnsupportedFeature, or Fault (FaultingMemory only)."""
     device, offset = vol.inode_position(nid)
     buffer, pos = vol.memory.at(device, offset, 32)
     flags = buffer[pos]

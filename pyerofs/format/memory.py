@@ -1,12 +1,13 @@
-"""What the parser may look at: parts of the devices and decoded pclusters that are in memory.
+"""The parser's access to the image: caches of metadata and of decoded pclusters.
 
 The parser is synchronous and reads through a ``Memory``.  There are two kinds.  ``BlockingMemory``
-fetches and decodes what is missing on the spot, in the calling thread.  ``FaultingMemory`` never
-blocks: it raises a ``Fault`` that says what is missing, its caller gets that by whatever means and
-calls the parser again, like a page fault.
+fetches and decodes missing data in the calling thread.  ``FaultingMemory`` never waits: like a page
+fault, it raises a ``Fault`` that names the missing data; the caller gets that data and calls the
+parser again.
 
-Metadata is kept in *windows*, aligned pieces of a device; decoded pclusters are kept whole.  Both
-caches are bounded in bytes.  This module knows sources and the decoder, and nothing of inodes.
+Metadata is cached in *windows*, aligned pieces of a device; decoded pclusters are cached whole or,
+first, as a prefix (see ``Memory.enough``).  Both caches are bounded in bytes.  This module depends
+on sources and the decoder, not on inodes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ WINDOW_SIZE = 1 << WINDOW_BITS
 DEFAULT_CACHE_SIZE = 64 << 20
 
 METABOX = -1  # pseudo device: offsets inside the metabox inode
-DEVICES = 8192  # more than an image can have (superblock.MAX_DEVICES): a window's key is one number
+DEVICES = 8192  # > superblock.MAX_DEVICES: packs window index and device into one key
 
 Key = TypeVar("Key")
 Value = TypeVar("Value", bound=Buffer)
@@ -47,20 +48,20 @@ PclusterKey: TypeAlias = tuple[int, int, int, int, int]
 
 
 class Pcluster(NamedTuple):
-    """A physical cluster: encoded bytes somewhere, and how to decode them."""
+    """A physical cluster: the location of its encoded bytes, and how to decode them."""
 
     device: int  # a device number, or METABOX
     address: int  # byte offset there
     size: int  # encoded bytes, padding included
     algorithm: int
-    shift: int  # INTERLACED only: how many of the last bytes come first
-    length: int  # decoded bytes that are wanted
-    partial: bool  # it may decode to more than ``length``
+    shift: int  # INTERLACED only: how many bytes at the end are the first when decoded
+    length: int  # decoded bytes needed
+    partial: bool  # may decode to more than ``length``
     nid: int  # the inode that refers to it, for messages
 
     @property
     def key(self) -> PclusterKey:
-        """All that its decoded bytes depend on: deduplicated files share them."""
+        """The fields that determine the decoded bytes; deduplicated files share them."""
         return self[:5]
 
     def corrupt(self, what: str) -> CorruptImage:
@@ -69,11 +70,11 @@ class Pcluster(NamedTuple):
 
 
 class Fault(Exception):
-    """Something is not in memory.  Not an error: never leaves the package."""
+    """Data is not in memory.  Not an error: never leaves the package."""
 
 
 class NotResident(Fault):
-    """``length`` bytes at ``offset`` of a device are missing; ``window`` if they may be kept."""
+    """``length`` bytes at ``offset`` of a device are not in memory; ``window``: they may be cached."""
 
     def __init__(self, device: int, offset: int, length: int, window: bool) -> None:
         super().__init__(device, offset, length)
@@ -84,7 +85,7 @@ class NotResident(Fault):
 
 
 class NotDecoded(Fault):
-    """A pcluster is missing."""
+    """A pcluster is not in the cache of decoded pclusters."""
 
     def __init__(self, pcluster: Pcluster) -> None:
         super().__init__(pcluster)
@@ -105,7 +106,7 @@ class ByteCache(Generic[Key, Value]):
         if value is not None:
             try:
                 self._items.move_to_end(key)
-            except KeyError:  # evicted by another thread in between; the value is good
+            except KeyError:  # evicted by another thread in between; the value is still valid
                 pass
         return value
 
@@ -128,10 +129,11 @@ class ByteCache(Generic[Key, Value]):
 
 
 class Memory(ABC):
-    """Common to both kinds: the windows, the decoded pclusters and how to look into them."""
+    """Base of both kinds: the caches of windows and of decoded pclusters, and access to them."""
 
     def __init__(self, sizes: Sequence[int], names: Sequence[str], cache_size: int) -> None:
-        """``sizes`` and ``names``: of each device, the primary one first."""
+        """``sizes`` (bytes) and ``names`` of the devices, the primary one first.  ``cache_size``:
+        bytes, a quarter for windows, the rest for decoded pclusters."""
         self.sizes = tuple(sizes)
         self._names = tuple(names)
         self.windows: ByteCache[int, Buffer] = ByteCache(max(cache_size // 4, WINDOW_SIZE))
@@ -142,20 +144,21 @@ class Memory(ABC):
         self.decodes = 0  # pclusters decoded so far
 
     def decode_with(self, decoder: Decoder) -> None:
-        """Decode as the image's superblock wants it, which has been read through this memory."""
+        """Set the decoder once the superblock, which is itself read through this memory, is known."""
         self._decoder = decoder
 
     def add_metabox(self, size: int, read: Callable[[int, int], Buffer]) -> None:
-        """Have the pseudo device METABOX, of ``size`` bytes, read by ``read(offset, length)``."""
+        """Define the pseudo device METABOX, of ``size`` bytes, read with ``read(offset, length)``."""
         self._metabox_size = size
         self._read_metabox = read
 
     # metadata ---------------------------------------------------------------------------
 
     def at(self, device: int, offset: int, length: int) -> tuple[Buffer, int]:
-        """A buffer and the position in it where ``length`` bytes of metadata at ``offset`` start.
+        """A buffer with ``length`` bytes of metadata at ``offset``, and their position in the
+        buffer.
 
-        Raises CorruptImage when they reach beyond the device, or a Fault."""
+        Raises CorruptImage if they reach beyond the device, SourceError, or Fault (FaultingMemory)."""
         index = offset >> WINDOW_BITS
         window = self.windows.get(index * DEVICES + device)
         if window is None:
@@ -181,7 +184,7 @@ class Memory(ABC):
         return window
 
     def _across(self, device: int, offset: int, length: int) -> Buffer:
-        """Bytes that span windows.  Callers bound ``length`` by what the format allows."""
+        """Metadata that spans windows.  Callers limit ``length`` to what the format allows."""
         size = self._metabox_size if device == METABOX else self.sizes[device]
         if offset < 0 or length < 0 or offset + length > size:
             raise CorruptImage(
@@ -198,14 +201,14 @@ class Memory(ABC):
         return b"".join(pieces)
 
     def bytes_at(self, device: int, offset: int, length: int) -> bytes:
-        """Metadata as bytes of its own."""
+        """A copy of ``length`` bytes of metadata.  Raises as ``at`` does."""
         buffer, pos = self.at(device, offset, length)
         return bytes(buffer[pos : pos + length])
 
     # data -------------------------------------------------------------------------------
 
     def raw(self, device: int, offset: int, length: int) -> Buffer:
-        """File data as it lies on a device.  Not kept."""
+        """File data as stored on a device.  Not cached.  Raises as ``at`` does."""
         if offset < 0 or offset + length > self.sizes[device]:
             raise CorruptImage(
                 f"data beyond the end of {self._name(device)} ({self.sizes[device]} bytes)",
@@ -214,8 +217,8 @@ class Memory(ABC):
         return self._load(device, offset, length, False)
 
     def data_from(self, device: int, offset: int) -> int:
-        """Where a device has its next bytes that may be other than zeros, from ``offset`` on, as far as
-        its source can tell without reading."""
+        """The next offset, from ``offset`` on, where a device may hold non-zero bytes (like
+        SEEK_DATA), as far as its source can tell without reading."""
         return offset
 
     def decoded(self, pcluster: Pcluster) -> Buffer:
@@ -226,8 +229,10 @@ class Memory(ABC):
         return self._decode(pcluster)
 
     def enough(self, pcluster: Pcluster, need: int) -> Pcluster:
-        """The first ``need`` bytes of a pcluster, where that is less work than all of it.  Who looks
-        into it for the second time gets all of it, lest its beginning be decoded over and over."""
+        """The pcluster reduced to its first ``need`` decoded bytes, if that is less work.
+
+        The second partial read of a pcluster decodes all of it, so that no prefix is decoded
+        repeatedly."""
         if (
             need < pcluster.length
             and pcluster.algorithm in STOP_EARLY
@@ -237,7 +242,7 @@ class Memory(ABC):
         return pcluster
 
     def holds(self, pcluster: Pcluster) -> bool:
-        """Whether ``decoded`` would answer from the cache."""
+        """Whether the cache holds the decoded bytes that ``decoded`` would return."""
         found = self.pclusters.get(pcluster.key)
         return found is not None and len(found) >= pcluster.length
 
@@ -248,7 +253,7 @@ class Memory(ABC):
         return self.raw(pcluster.device, pcluster.address, pcluster.size)
 
     def decode(self, pcluster: Pcluster, data: Buffer) -> Buffer:
-        """Decode ``data`` and keep the result.  CPU-bound, safe in any thread."""
+        """Decode ``data`` and cache the result.  CPU-bound, thread-safe.  Raises CorruptImage."""
         if pcluster.size > PCLUSTER_MAX_SIZE or pcluster.length > PCLUSTER_MAX_DSIZE:
             raise pcluster.corrupt(f"{pcluster.size} bytes for {pcluster.length}")
         try:
@@ -269,11 +274,11 @@ class Memory(ABC):
 
     @abstractmethod
     def _load(self, device: int, offset: int, length: int, window: bool) -> Buffer:
-        """Bytes of a device that are not in memory; ``window`` if they are to be kept."""
+        """Read bytes of a device that are not cached; ``window``: the caller caches them."""
 
     @abstractmethod
     def _decode(self, pcluster: Pcluster) -> Buffer:
-        """A pcluster that is not in the cache."""
+        """Decode a pcluster that is not in the cache."""
 
 
 class BlockingMemory(Memory):
@@ -301,19 +306,19 @@ INLINE_NS = 100_000
 
 
 def decode_ns(pcluster: Pcluster) -> float:
-    """About how long decoding takes, in nanoseconds."""
+    """Estimated nanoseconds to decode a pcluster."""
     return pcluster.length * _NS_PER_BYTE.get(pcluster.algorithm, 100.0)
 
 
 def cheap(pcluster: Pcluster) -> bool:
-    """Whether decoding takes so little time that the event loop may do it."""
+    """Whether decoding takes less than INLINE_NS, so that the event loop may do it."""
     return decode_ns(pcluster) < INLINE_NS
 
 
 class FaultingMemory(Memory):
-    """Answers from memory, decodes what is cheap, raises Faults for the rest.
+    """Returns data that is in memory, decodes cheap pclusters, raises a Fault for everything else.
 
-    For one event loop's thread."""
+    For the thread of one event loop."""
 
     def __init__(
         self,
@@ -325,8 +330,9 @@ class FaultingMemory(Memory):
         may_block: Callable[[float], bool] = lambda ns: False,
         under_way: Container[object] = (),
     ) -> None:
-        """``may_block``: whether the event loop may work for so many nanoseconds now.  ``under_way``:
-        the keys of pclusters that a task or thread is decoding."""
+        """``peeks``: the ``peek`` of each device's source.  ``may_block(ns)``: whether the event
+        loop may block for ``ns`` nanoseconds now.  ``under_way``: keys of pclusters being decoded
+        by a task or thread."""
         super().__init__(sizes, names, cache_size)
         self._peeks = tuple(peeks)
         self._pins: Mapping[object, Buffer] = {}
@@ -335,8 +341,8 @@ class FaultingMemory(Memory):
 
     @contextmanager
     def pinned(self, pins: Mapping[object, Buffer]) -> Iterator[None]:
-        """Within, answer from ``pins`` first: what was fetched for one parser call, by (device, offset,
-        length) or Pcluster.  So the call makes progress however small the caches are."""
+        """Within the block, use ``pins`` first: data fetched for one parser call, keyed by (device,
+        offset, length) or by Pcluster.  Pins guarantee progress however small the caches are."""
         self._pins = pins
         try:
             yield
@@ -352,7 +358,7 @@ class FaultingMemory(Memory):
         return data
 
     def decodes_here(self, pcluster: Pcluster) -> bool:
-        """Whether a pcluster is decoded on the event loop, as things are."""
+        """Whether the event loop decodes a pcluster: if it is cheap or ``may_block`` permits."""
         ns = decode_ns(pcluster)
         return ns < INLINE_NS or self._may_block(ns)
 

@@ -1,4 +1,4 @@
-"""What the parser hands around: inodes, extents, directory entries.  Records with little logic.
+"""The parser's data types: inodes, extents, directory entries.  Records with little logic.
 
 This module imports only ``ondisk``.
 """
@@ -46,8 +46,8 @@ class Extent(NamedTuple):
 
 
 class Dirent(NamedTuple):
-    """A directory entry.  ``cookie`` is where the entry after it starts, as a byte position in the
-    directory that only grows along it: stable over time, good for seeking."""
+    """A directory entry.  ``cookie``: the byte position of the next entry in the directory.
+    Cookies increase along the directory and never change, so they serve as seek offsets."""
 
     name: bytes
     nid: int
@@ -56,9 +56,9 @@ class Dirent(NamedTuple):
 
 
 class CompressionMap:
-    """The header of a compressed file's index, decoded, and what was found with its help.
+    """The decoded header of a compressed file's index, with cached results of the mapping.
 
-    ``base`` is the byte offset of the index behind the header, on the inode's device."""
+    ``base``: byte offset of the index, after the header, on the inode's device."""
 
     __slots__ = (
         "advise",
@@ -90,9 +90,7 @@ class CompressionMap:
     total: int  # number of lclusters
     initial_4b: int  # compact: leading 4-byte entries, up to 32-byte alignment
     middle_2b: int  # compact: 2-byte entries after them
-    pack: tuple[
-        int, int, int
-    ]  # compact: the pack read last: its offset, bits, heads (a 1 for each)
+    pack: tuple[int, int, int]  # compact: the pack read last: offset, bits, mask with a 1 per head
     inline_size: int  # ztailpacking: encoded bytes behind the index; 0 = none
     inline_address: int
     fragment: int  # offset in the packed inode of the tail; -1 = none
@@ -102,10 +100,10 @@ class CompressionMap:
 
 
 class Inode:
-    """A decoded inode.  Immutable but for ``zmap``, which is read when first needed.
+    """A decoded inode.  Immutable except for ``zmap``, which is loaded on first use.
 
-    What depends on the layout is kept as it lies in the inode (``union``) and interpreted on use:
-    decoding inodes is most of what listing a directory costs."""
+    The layout-dependent field (``union``) is stored raw and interpreted on use, because decoding
+    inodes is most of the cost of listing a directory."""
 
     __slots__ = (
         "data",
@@ -142,7 +140,7 @@ class Inode:
     device: int  # where the inode lies: 0 or METABOX
     xattrs: int  # byte offset of the inline xattrs there
     xattr_size: int  # 0 = none
-    data: int  # byte offset of what follows: inline tail, chunk table or compression map
+    data: int  # byte offset after the xattrs: inline tail, chunk table or compression map
     zmap: CompressionMap | None
 
     @property
@@ -172,7 +170,7 @@ class Inode:
 
     @property
     def start(self) -> int:
-        """The first block of a flat file, or NULL_BLOCK where all of it is a hole."""
+        """The first block of a flat file, or NULL_BLOCK if the whole file is a hole."""
         null = ondisk.NULL_ADDR_48 if self.wide else ondisk.NULL_ADDR_32
         if self.layout == ondisk.LAYOUT_FLAT_PLAIN and self.union == null:
             return NULL_BLOCK
@@ -180,17 +178,17 @@ class Inode:
 
     @property
     def blocks(self) -> int:
-        """How many blocks a compressed file's pclusters take."""
+        """The number of blocks that a compressed file's pclusters occupy."""
         return self.union
 
     @property
     def chunk_format(self) -> int:
-        """Chunk size and kind of table of a chunk-based file."""
+        """Chunk size and table format of a chunk-based file."""
         return self.union & 0xFFFF
 
     @property
     def rdev(self) -> int:
-        """The device number, as os.makedev makes it; 0 for what is no device."""
+        """The device number, encoded as by os.makedev; 0 unless the inode is a device."""
         if self.mode & 0o170000 not in (0o020000, 0o060000):
             return 0
         # on disk: 12 bits of major in the middle of 20 bits of minor

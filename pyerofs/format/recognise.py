@@ -1,4 +1,4 @@
-"""What a file is that is no EROFS image, and what to do about that."""
+"""Recognise files that are not EROFS images, and suggest what to do with them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _MAGICS: tuple[tuple[int, bytes, str], ...] = (
     (4096, b"\x67\x44\x6c\x61",
      "it is an Android super image, of logical partitions; take one out of it first (lpunpack)"),
 )  # fmt: skip
-_LOOK = 4096  # bytes that are looked at for anything but zeros
+_LOOK = 4096  # bytes checked for being all zeros
 
 
 def recognise(read: Reader, size: int) -> str:
-    """What bytes without an EROFS superblock are, as the end of a sentence; "" where that is not known.
+    """The kind of a file without an EROFS superblock, as the end of a sentence; "" if unknown.
 
-    ``read`` gives bytes at an offset of a file of ``size`` bytes, and may raise."""
+    ``read(offset, length)`` reads the file, which has ``size`` bytes; its exceptions propagate."""
     if not size:
         return "it is empty"
     for at, magic, text in _MAGICS:

@@ -14,14 +14,14 @@ from pyerofs.sources.base import Buffer
 
 MAX_DEVICES = 4096  # bounds the device table (512 KiB); real images use a few dozen
 
-MAX_TIME = 1 << 62  # seconds: leaves room for what inodes add
+MAX_TIME = 1 << 62  # seconds; leaves room for the times that inodes add to the epoch
 
 Reader = Callable[[int, int], Buffer]
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A slot of the device table: an extra device that files may lie on."""
+    """A slot of the device table: an extra device that holds file data."""
 
     tag: bytes  # often a digest; without trailing NULs
     blocks: int
@@ -30,7 +30,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Superblock:
-    """What a superblock says, decoded.  Sizes in bytes, times in seconds since 1970."""
+    """A decoded superblock.  Sizes in bytes, times in seconds since 1970."""
 
     block_bits: int
     directory_block_bits: int
@@ -57,7 +57,7 @@ class Superblock:
     deflate_window_bits: int
     zstd_window_log: int
     xattr_prefix_count: int
-    xattr_prefix_start: int  # byte offset, in whichever inode or area holds the prefixes
+    xattr_prefix_start: int  # byte offset in the inode or area that holds the prefixes
     xattr_filter: bool
     ishare_prefix: int | None  # index of the long prefix that names content digests
     devices: tuple[Device, ...]
@@ -72,12 +72,13 @@ class Superblock:
 
     @property
     def total_blocks(self) -> int:
-        """Blocks of the primary and all extra devices: what statfs reports."""
+        """Blocks of the primary and all extra devices, as statfs reports them."""
         return self.blocks + sum(d.blocks for d in self.devices)
 
     @property
     def device_mask(self) -> int:
-        """Which bits of a chunk's device id count; images may hide others above them."""
+        """The bits of a chunk's device id that are significant; higher bits may be set and are
+        ignored."""
         return (1 << len(self.devices).bit_length()) - 1
 
     @property
@@ -97,7 +98,8 @@ class Superblock:
 
 def load(read: Reader, available: int) -> Superblock:
     """Read and check the superblock.  ``read(offset, length)`` reads the primary device, which has
-    ``available`` bytes.  Raises CorruptImage or UnsupportedFeature."""
+    ``available`` bytes.  Raises CorruptImage or UnsupportedFeature; exceptions of ``read``
+    propagate."""
     base = ondisk.SUPER_OFFSET
     raw, size = _load_record(read, available)
     if not -MAX_TIME < raw.epoch < MAX_TIME or raw.fixed_nsec >= 1_000_000_000:
@@ -152,7 +154,7 @@ def load(read: Reader, available: int) -> Superblock:
 
 
 def _load_record(read: Reader, available: int) -> tuple[ondisk.SuperBlock, int]:
-    """The record and its size, extension slots included; the first checks."""
+    """Read the record and do the first checks; returns it and its size, extension slots included."""
     base = ondisk.SUPER_OFFSET
     if available < base + ondisk.SUPER_BASE_SIZE:
         what = recognise(read, available)
@@ -178,7 +180,7 @@ def _load_record(read: Reader, available: int) -> tuple[ondisk.SuperBlock, int]:
     size = ondisk.SUPER_BASE_SIZE + raw.sb_extslots * ondisk.SB_EXTSLOT_SIZE
     if base + size > available:
         raise CorruptImage(f"superblock of {size} bytes in an image of {available}", offset=base)
-    if size < ondisk.SUPERBLOCK.size:  # fields beyond the end are not there
+    if size < ondisk.SUPERBLOCK.size:  # fields beyond its end are absent
         raw = ondisk.SuperBlock._make(
             ondisk.SUPERBLOCK.unpack(head[:size].ljust(ondisk.SUPERBLOCK.size, b"\0"))
         )
@@ -205,8 +207,8 @@ def _verify_checksum(read: Reader, available: int, raw: ondisk.SuperBlock) -> No
 
 
 def _load_configs(read: Reader, raw: ondisk.SuperBlock, at: int) -> dict[str, int]:
-    """The compression configurations: u16-counted records behind the superblock, one for each
-    algorithm whose bit is set, in the order of the bits."""
+    """The compression configurations: length-prefixed (u16) records after the superblock, one for
+    each algorithm whose bit is set, in the order of the bits."""
     found = {
         "algorithms": 1 << ondisk.ALG_LZ4,
         "lz4_max_distance": 0,

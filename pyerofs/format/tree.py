@@ -1,4 +1,4 @@
-"""Paths, stat and listings: what both APIs offer, as plain functions over a Volume.
+"""Paths, stat and listings for both APIs, as plain functions over a Volume.
 
 Names and link targets are bytes here.  A path is resolved within the image only: an absolute link
 target starts at the image's root, and ``..`` at the root stays there.
@@ -28,17 +28,17 @@ from pyerofs.format.model import Dirent, Inode
 from pyerofs.format.volume import Volume
 
 MAX_SYMLINKS = 40  # as Linux has it
-MAX_KNOWN = 8192  # names with their inodes that path look-ups remember: some MiB
+MAX_KNOWN = 8192  # entries in the cache of path look-ups: some MiB
 MAX_TARGET = 4096  # bytes of a link's target: PATH_MAX
-MAX_DISORDER = 100  # entries of a directory that are passed over one by one
-MAX_PATH = 4096  # bytes of a path that people are shown in full
-ENDS = 14  # names that they are shown of a longer one: as many of 255 bytes as there is room for
+MAX_DISORDER = 100  # out-of-order entries of a directory that are skipped before giving up
+MAX_PATH = 4096  # bytes of a path that is displayed in full
+ENDS = 14  # names displayed of a longer path, half from each end: 14 of 255 bytes fit MAX_PATH
 
 PathLike: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 
 class Stat(NamedTuple):
-    """What stat(2) shows for an inode when the kernel's driver has mounted the image."""
+    """The result of stat(2) for an inode, as if the kernel's driver had mounted the image."""
 
     st_mode: int
     st_ino: int
@@ -57,7 +57,7 @@ class Stat(NamedTuple):
 
     @property
     def st_atime_ns(self) -> int:
-        """EROFS stores one time; it stands for all three."""
+        """The mtime: EROFS stores one time, which is used for all three."""
         return self.st_mtime_ns
 
     @property
@@ -66,7 +66,7 @@ class Stat(NamedTuple):
 
 
 def encode(path: PathLike) -> bytes:
-    """A path as bytes; str as UTF-8 with undecodable bytes as surrogate escapes."""
+    """A path as bytes.  A str is encoded as UTF-8; surrogate escapes become the original bytes."""
     found = os.fspath(path)
     return found if isinstance(found, bytes) else found.encode("utf-8", "surrogateescape")
 
@@ -77,7 +77,7 @@ def decode(name: bytes) -> str:
 
 
 def root(vol: Volume) -> Inode:
-    """The root directory.  Raises CorruptImage if it is something else."""
+    """The root directory's inode.  Raises CorruptImage if it is not a directory."""
     found = inodes.load(vol, vol.sb.root_nid)
     if not found.is_dir:
         raise CorruptImage("root inode is not a directory", nid=found.nid)
@@ -86,11 +86,12 @@ def root(vol: Volume) -> Inode:
 
 
 def resolve(vol: Volume, path: bytes, follow: bool = True) -> Inode:
-    """The inode that a path leads to; ``follow``: through a link at its end as well.
+    """The inode at a path; ``follow``: also follow a symbolic link at the path's end.
 
-    Raises NotFound, NotADirectory, TooManySymlinks, CorruptImage, or a Fault of the memory."""
+    Raises NotFound, NotADirectory, TooManySymlinks, CorruptImage, SourceError, or Fault
+    (FaultingMemory only)."""
     known = vol.known
-    trail = [vol.root or root(vol)]  # from the root down to where we are
+    trail = [vol.root or root(vol)]  # from the root down to the current directory
     todo = path.split(b"/")[::-1]
     links = 0
     while todo:
@@ -128,13 +129,13 @@ def resolve(vol: Volume, path: bytes, follow: bool = True) -> Inode:
 
 
 def lookup(vol: Volume, parent: Inode, name: bytes) -> Inode | None:
-    """The inode of one entry of a directory, or None."""
+    """The inode of a directory's entry ``name``, or None if there is none."""
     found = directory.lookup(vol, parent, name)
     return None if found is None else inodes.load(vol, found[0])
 
 
 def link_target(vol: Volume, inode: Inode) -> bytes:
-    """Where a symbolic link points.  Raises NotASymlink, CorruptImage."""
+    """The target of a symbolic link.  Raises NotASymlink, CorruptImage."""
     if not inode.is_symlink:
         raise NotASymlink(f"nid {inode.nid}")
     if not 0 < inode.size <= MAX_TARGET:
@@ -148,16 +149,16 @@ def link_target(vol: Volume, inode: Inode) -> bytes:
 def entries(vol: Volume, parent: Inode) -> Iterator[Dirent]:
     """The entries of a directory without ``.`` and ``..``.
 
-    Raises CorruptImage where a name does not come after the one before it: look-ups could not find it,
-    and a small image could show the same names over and over."""
+    Raises CorruptImage unless names are strictly increasing: look-ups would miss an entry out of
+    order, and a small image could list the same names many times."""
     return orderly_entries(vol, parent, _give_up)
 
 
 def orderly_entries(
     vol: Volume, parent: Inode, complain: Callable[[CorruptImage], object]
 ) -> Iterator[Dirent]:
-    """The same without those that are out of order; ``complain`` is told of each.  Raises CorruptImage
-    where there are too many of them to go on."""
+    """Like ``entries``, but skips entries that are out of order and calls ``complain`` for each of
+    them.  Raises NotADirectory; CorruptImage for more than MAX_DISORDER of them."""
     if not parent.is_dir:
         raise NotADirectory(f"nid {parent.nid}")
     last = b""
@@ -180,14 +181,14 @@ def _give_up(error: CorruptImage) -> NoReturn:
 
 
 def disorder(name: bytes, last: bytes, parent: Inode) -> CorruptImage:
-    """What is wrong with a name that does not come after the one before it."""
+    """The error for a name that does not sort after the one before it."""
     return CorruptImage(f"entry {name!r} after {last!r}", nid=parent.nid)
 
 
 class Place:
-    """A directory on a walk: its name, and the place it is in.
+    """A directory met on a walk: its name, and the Place of its parent.
 
-    Paths are made when they are wanted: kept, those of a deep tree would fill the memory."""
+    Paths are built on demand, because storing those of a deep tree would exhaust memory."""
 
     __slots__ = ("depth", "name", "parent")
 
@@ -197,7 +198,7 @@ class Place:
         self.depth: int = 0 if parent is None else parent.depth + 1
 
     def names(self) -> list[bytes]:
-        """From the top down."""
+        """The names of the directories from below the walk's start down to this one."""
         found = []
         here: Place = self
         while here.parent is not None:
@@ -206,16 +207,18 @@ class Place:
         return found[::-1]
 
     def path(self, name: bytes = b"") -> bytes:
-        """The path of something in it: without a slash in front."""
+        """The path of entry ``name`` in this directory (default: of the directory itself), relative
+        to the walk's start, without a leading slash."""
         return b"/".join([*self.names(), name] if name else self.names())
 
     def below(self, top: str) -> str:
-        """Its path, where the walk began at ``top``."""
+        """This directory's path, for a walk that started at ``top``."""
         path = decode(self.path())
         return f"{top.rstrip('/')}/{path}" if path else top
 
     def shown(self, name: bytes = b"") -> bytes:
-        """The same for people: of a path that no system call takes, the beginning and the end."""
+        """Like ``path``, for display: a deep path of more than MAX_PATH bytes is cut to its
+        beginning and end."""
         names = self.names()
         if self.depth > ENDS and sum(map(len, names)) + len(names) > MAX_PATH:
             names = [*names[: ENDS // 2], b"[...]", *names[-ENDS // 2 :]]
@@ -223,9 +226,9 @@ class Place:
 
 
 class Trail:
-    """The directories still to visit on a walk, parents before children, each below its own.
+    """The directories still to visit on a depth-first walk, parents before children.
 
-    ``next`` gives one, with its place; ``enter`` adds the directories found in that one."""
+    ``next`` returns one and its Place; ``enter`` adds the subdirectories found in that one."""
 
     def __init__(self, start: Inode) -> None:
         self._todo: list[tuple[Place, Inode]] = [(Place(), start)]
@@ -233,8 +236,8 @@ class Trail:
         self._seen: set[int] = set()
 
     def next(self) -> tuple[Place, Inode] | None:
-        """The next directory, or None at the end.  Raises CorruptImage where one is reached a second
-        time: no image has that, and inside itself it would have no end."""
+        """The next directory, or None at the end.  Raises CorruptImage if a directory is reached a
+        second time: no valid image has that, and a loop would never end."""
         if not self._todo:
             return None
         self._here, here = self._todo.pop()
@@ -242,19 +245,19 @@ class Trail:
         return self._here, here
 
     def enter(self, directories: list[tuple[bytes, Inode]]) -> None:
-        """Visit these, found in the directory that ``next`` gave last."""
+        """Add the subdirectories of the directory that ``next`` returned last."""
         for name, inode in reversed(directories):
             self._todo.append((Place(self._here, name), inode))
 
 
 def shown_path(place: Place, name: bytes = b"") -> str:
-    """How people are told of something on a walk from the root."""
+    """The path, for display, of entry ``name`` in ``place`` on a walk from the root."""
     return "/" + decode(place.shown(name))
 
 
 def walk(vol: Volume, start: Inode) -> Iterator[tuple[Place, Dirent, Inode]]:
-    """Everything below a directory, entry by entry, with the place it is in: the rest of a directory
-    comes before what is below it.  Raises CorruptImage."""
+    """Yield (place, entry, inode) for everything below a directory; all entries of a directory come
+    before the contents of its subdirectories.  Raises CorruptImage."""
     trail = Trail(start)
     while (step := trail.next()) is not None:
         place, here = step
@@ -268,7 +271,7 @@ def walk(vol: Volume, start: Inode) -> Iterator[tuple[Place, Dirent, Inode]]:
 
 
 def once(seen: set[int], directory: Inode) -> None:
-    """Note a directory; raise CorruptImage if it has been seen before."""
+    """Add a directory to ``seen``; raise CorruptImage if it is in there already."""
     if directory.nid in seen:
         raise CorruptImage("directory reached twice", nid=directory.nid)
     seen.add(directory.nid)
@@ -283,7 +286,7 @@ def require_file(inode: Inode, path: PathLike | Inode) -> None:
 
 
 def shown(inode: Inode, path: PathLike | Inode) -> str:
-    """How messages call what was asked for."""
+    """The name of a lookup's target in messages: the path, or the nid if an Inode was given."""
     return f"nid {inode.nid}" if isinstance(path, Inode) else decode(encode(path))
 
 
@@ -304,14 +307,16 @@ def stat(vol: Volume, inode: Inode) -> Stat:
 
 
 def blocks_512(vol: Volume, inode: Inode) -> int:
-    """st_blocks: what a compressed file occupies, what another one's size needs."""
+    """st_blocks, in units of 512 bytes: the blocks that a compressed file occupies, or the blocks
+    that any other file's size needs."""
     bits = vol.sb.block_bits
     blocks = inode.blocks if inode.is_compressed else -(-inode.size >> bits)
     return blocks << bits - 9
 
 
 def inode_number(vol: Volume, nid: int) -> int:
-    """st_ino as the kernel's driver makes it: the nid; with a metabox, its bit moves to bit 31."""
+    """st_ino as the kernel's driver computes it: the nid; in images with a metabox, the nid's bit
+    63 (in the metabox) moves to bit 31."""
     if not vol.sb.metabox_nid:
         return nid
     return nid << 1 & 0xFFFFFFFF00000000 | nid & 0x7FFFFFFF | nid >> 63 << 31
@@ -341,7 +346,7 @@ _TYPES = {
 
 
 def xattrs(vol: Volume, inode: Inode) -> dict[bytes, bytes]:
-    """All extended attributes; the first of a name counts, as for the kernel."""
+    """All extended attributes; of duplicate names the first counts, as in the kernel."""
     found: dict[bytes, bytes] = {}
     for name, value in xattr.items(vol, inode):
         found.setdefault(name, value)
@@ -349,7 +354,7 @@ def xattrs(vol: Volume, inode: Inode) -> dict[bytes, bytes]:
 
 
 def get_xattr(vol: Volume, inode: Inode, name: bytes) -> bytes:
-    """One extended attribute.  Raises NoSuchXattr."""
+    """The value of one extended attribute.  Raises NoSuchXattr."""
     value = xattr.get(vol, inode, name)
     if value is None:
         raise NoSuchXattr(name)

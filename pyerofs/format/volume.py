@@ -1,4 +1,4 @@
-"""The parser's context: what every function of it needs to know about the image it reads."""
+"""The parser's context: everything that its functions need to know about one image."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pyerofs.format.superblock import Superblock
 
 
 class Volume:
-    """A superblock, the memory to read the rest through, and the special inodes once they are read.
+    """One image: its superblock, the Memory to read it through, its special inodes once loaded.
 
-    ``extra_devices`` is how many extra devices were given; 0 means that files on them are looked
-    for in the primary one (a flat image), at the block where its slot maps it."""
+    ``extra_devices``: how many extra devices were given.  With 0, data on an extra device is read
+    from the primary device (a flat image), at the block to which the extra device's slot maps it.
+    Raises ErofsError if any other number differs from the device table's."""
 
     __slots__ = (
         "extra_devices",
@@ -39,7 +40,7 @@ class Volume:
         self.metabox: Inode | None = None
         self.packed: Inode | None = None
         self.root: Inode | None = None
-        self.known: dict[tuple[int, bytes], Inode] = {}  # what path look-ups found lately
+        self.known: dict[tuple[int, bytes], Inode] = {}  # cache of path look-ups
         self.prefixes: tuple[tuple[int, bytes], ...] | None = None  # long xattr prefixes
         memory.decode_with(Decoder(sb.zero_padded, sb.lzma_dict_size))
 
@@ -61,7 +62,9 @@ class Volume:
         return 0, (self.sb.meta_blkaddr << self.sb.block_bits) + (nid << ISLOT_BITS)
 
     def locate(self, device: int, address: int, nid: int) -> tuple[int, int]:
-        """Turn a device id and address of the image into those of a source that we have."""
+        """Translate a device id and byte address of the image to those of an available source.
+
+        Raises CorruptImage, or DeviceMissing if no source has the device.  ``nid``: for messages."""
         if device:
             if device > len(self.sb.devices):
                 raise CorruptImage(f"device {device} of {len(self.sb.devices)}", nid=nid)

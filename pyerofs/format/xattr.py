@@ -1,8 +1,8 @@
-"""Extended attributes: inline ones behind the inode, shared ones in an area of their own.
+"""Extended attributes: inline ones after the inode, shared ones in an area of their own.
 
 An entry holds a name index (a well-known prefix, or a long prefix of the image) and the rest of the
-name.  Where the image has a name filter, each inode's header has a bit set for each of 32 hash
-values that none of its names has, so that most absent names need no search.
+name.  An image may have a name filter: a bitmap of 32 hash values in each inode's header, where a
+set bit means that no name of the inode has that hash.  Most absent names then need no search.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ HEADER = XATTR_IBODY_HEADER.size
 
 
 def items(vol: Volume, inode: Inode) -> Iterator[tuple[bytes, bytes]]:
-    """All (full name, value) pairs, in the order of the image.  Attributes with a name index that
-    has no public prefix are left out, as the kernel does."""
+    """All (full name, value) pairs, in the image's order.  Attributes whose name index has no
+    public prefix are left out, as in the kernel."""
     for index, suffix, value_at, device, size in _entries(vol, inode):
         name = _full_name(vol, index, suffix)
         if name is not None:
@@ -55,7 +55,7 @@ def get(vol: Volume, inode: Inode, name: bytes) -> bytes | None:
 
 
 def name_filter(vol: Volume, inode: Inode) -> int | None:
-    """The inode's name filter, or None where the image has none."""
+    """The inode's name filter; None if the inode has no attributes or the image has no filters."""
     if not inode.xattr_size or not vol.sb.xattr_filter:
         return None
     buffer, pos = vol.memory.at(inode.device, inode.xattrs, HEADER)
@@ -64,7 +64,7 @@ def name_filter(vol: Volume, inode: Inode) -> int | None:
 
 
 def filter_bit(name: bytes) -> int | None:
-    """Which of the 32 filter bits speaks for a name; None for names without a public prefix."""
+    """The number (0 to 31) of a name's filter bit; None for names without a public prefix."""
     for index, prefix in XATTR_PREFIXES.items():
         if name.startswith(prefix):
             return xxh32(name[len(prefix) :], XATTR_FILTER_SEED + index) & 31
@@ -72,7 +72,7 @@ def filter_bit(name: bytes) -> int | None:
 
 
 def filtered_out(vol: Volume, inode: Inode, name: bytes) -> bool:
-    """Whether the name filter says that an inode has no attribute of that name."""
+    """Whether the name filter rules out that an inode has an attribute ``name``."""
     bits = name_filter(vol, inode)
     if not bits:
         return False
@@ -81,7 +81,7 @@ def filtered_out(vol: Volume, inode: Inode, name: bytes) -> bool:
 
 
 def digest_prefix(vol: Volume) -> bytes | None:
-    """The full name of the attribute that holds content digests, where the image names one."""
+    """The full name of the attribute that holds content digests; None if the image defines none."""
     if vol.sb.ishare_prefix is None:
         return None
     return _full_name(vol, XATTR_LONG_PREFIX | vol.sb.ishare_prefix, b"")
@@ -108,13 +108,13 @@ def prefixes_in_plain(vol: Volume) -> bool:
 
 
 def _shared_area(vol: Volume) -> tuple[int, int]:
-    """The device and the byte offset that shared xattrs are counted from."""
+    """The device and the byte offset to which the ids of shared xattrs are relative."""
     in_metabox = vol.sb.feature_compat & COMPAT_SHARED_EA_IN_METABOX
     return METABOX if in_metabox else 0, vol.sb.xattr_blkaddr << vol.sb.block_bits
 
 
 def _shared_ids(vol: Volume, inode: Inode) -> list[int]:
-    """Which shared entries an inode refers to, in units of 4 bytes."""
+    """The ids of the shared entries that an inode refers to: offsets in units of 4 bytes."""
     if not inode.xattr_size:
         return []
     if inode.xattr_size == HEADER:
@@ -169,8 +169,9 @@ def _full_name(vol: Volume, index: int, suffix: bytes) -> bytes | None:
 
 
 def _load_prefixes(vol: Volume) -> tuple[tuple[int, bytes], ...]:
-    """(name index, infix) of each long prefix: u16-counted, 4-byte aligned records.  They lie in
-    the metabox, else in the packed inode, else (or if the image says so) in plain metadata."""
+    """(name index, infix) of each long prefix, from length-prefixed (u16), 4-byte aligned records.
+    They lie in the metabox, else in the packed inode, else (or if a feature bit says so) in plain
+    metadata."""
     sb = vol.sb
     holder: Inode | None = None
     if not prefixes_in_plain(vol):

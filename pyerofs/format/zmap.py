@@ -1,10 +1,11 @@
-"""Map a compressed file: a logical offset -> the extent (pcluster, fragment, inline tail) there.
+"""Map a logical offset of a compressed file to its extent: pcluster, fragment or inline tail.
 
-A compressed file is a row of *logical clusters* (lclusters, usually one block each).  Its index has
-an entry for each: HEAD1, HEAD2 and PLAIN entries say that a pcluster's data starts within the
-lcluster, at which byte and where the pcluster lies; NONHEAD entries lead back to their head and
-forward to the next one.  The index comes as 8-byte entries (full) or as packs of 2- and 4-byte
-entries that share a block address (compact).  48-bit images may use extent records instead.
+A compressed file is a sequence of *logical clusters* (lclusters, usually one block each).  Its
+index has one entry per lcluster.  A HEAD1, HEAD2 or PLAIN entry says that a pcluster's data starts
+within the lcluster, at which byte, and where the pcluster lies.  A NONHEAD entry gives the
+distances back to its head and forward to the next one.  The index consists of 8-byte entries (full)
+or of packs of 2- and 4-byte entries that share a block address (compact).  48-bit images may use
+extent records instead.
 
 Sources: the kernel's Documentation/filesystems/erofs.rst; the behaviour of Linux 6.18 and
 erofs-utils 1.9.3.  Every loop is bounded: by MAX_STEPS, or by progress through the index.
@@ -43,7 +44,7 @@ MAX_STEPS = PCLUSTER_MAX_DSIZE >> ondisk.MIN_BLKSZBITS
 
 _INDEX = ondisk.LCLUSTER_INDEX.unpack_from
 
-# Packs of a compact index, by their number of entries: bytes, bits of an entry, a 1 for each entry.
+# Packs of a compact index, by number of entries: bytes, bits per entry, mask with a 1 per entry.
 _PACKS = {2: (8, 16, 0x10001), 16: (32, 14, sum(1 << 14 * n for n in range(16)))}
 
 
@@ -56,13 +57,13 @@ class Lcluster(NamedTuple):
     partial: bool = False
     back: int = 0  # lclusters back towards the head
     ahead: int = 0  # lclusters ahead towards the next head
-    blocks: int = 0  # the pcluster's size, if this entry tells
+    blocks: int = 0  # the pcluster's size, if this entry has it; else 0
 
 
 def map_at(vol: Volume, inode: Inode, offset: int) -> Extent:
     """The whole extent of a compressed file that covers ``offset`` (< inode.size).
 
-    Raises CorruptImage, UnsupportedFeature, or a Fault of the memory."""
+    Raises CorruptImage, UnsupportedFeature, or Fault (FaultingMemory only)."""
     z = inode.zmap or header(vol, inode)
     last = z.last
     if last is not None and last.start <= offset < last.end:
@@ -82,7 +83,8 @@ def map_at(vol: Volume, inode: Inode, offset: int) -> Extent:
 
 
 def header(vol: Volume, inode: Inode) -> CompressionMap:
-    """Read the map header behind the inode and find the special tail, once an inode."""
+    """Read the map header after the inode, locate an inline or fragment tail, and cache both in
+    ``inode.zmap``."""
     at = (inode.data + 7) & ~7
     buffer, pos = vol.memory.at(inode.device, at, 8)
     h = ondisk.MapHeader._make(ondisk.MAP_HEADER.unpack_from(buffer, pos))
@@ -125,7 +127,7 @@ def header(vol: Volume, inode: Inode) -> CompressionMap:
             if z.lcluster_bits > 12 and z.middle_2b:
                 raise UnsupportedFeature(f"2-byte index of 2^{z.lcluster_bits}, nid {inode.nid}")
     else:
-        z.base += 8  # full indexes leave a gap
+        z.base += 8  # full indexes start 8 bytes after the header
     if z.advise & ADVISE_FRAGMENT_PCLUSTER:
         z.fragment = h.h_lo
     elif z.advise & ADVISE_INLINE_PCLUSTER:
@@ -137,7 +139,7 @@ def header(vol: Volume, inode: Inode) -> CompressionMap:
 
 
 def _find_tail(vol: Volume, inode: Inode, z: CompressionMap) -> None:
-    """Find the lcluster in which the last extent starts; inline data follows the last entry."""
+    """Find the lcluster in which the last extent starts, and the inline data after the last entry."""
     lcn = (inode.size - 1) >> z.lcluster_bits
     entry = _load(vol, inode, z, lcn)
     if z.inline_size:
@@ -163,7 +165,7 @@ def index_range(vol: Volume, inode: Inode) -> tuple[int, int]:
     z = inode.zmap or header(vol, inode)
     start = (inode.data + 7) & ~7
     if z.whole:
-        return start, start + 16  # mkfs leaves 8 bytes of an index that it has given up
+        return start, start + 16  # mkfs leaves 8 bytes of an index that it abandoned
     if z.record_size > 8:
         return start, z.base + z.extents * z.record_size
     if z.record_size:
@@ -238,7 +240,8 @@ def _load_full(vol: Volume, inode: Inode, z: CompressionMap, lcn: int) -> Lclust
 
 
 def _pack_of(z: CompressionMap, lcn: int) -> tuple[int, int, int]:
-    """Where the pack of a compact entry starts, how many entries it has, and the entry's number."""
+    """For a compact entry: the offset of its pack, the pack's number of entries, the entry's number
+    in it."""
     at = z.base
     if lcn < z.initial_4b:
         return at + (lcn >> 1) * 8, 2, lcn & 1
@@ -271,9 +274,9 @@ def _load_compact(vol: Volume, inode: Inode, z: CompressionMap, lcn: int) -> Lcl
 
     if kind == LCLUSTER_NONHEAD:
         following = heads >> width * i
-        if following:  # the lowest bit is the next head's
+        if following:  # the lowest set bit marks the next head
             ahead = ((following & -following).bit_length() - 1) // width
-        else:  # the last entry tells how far it is from there
+        else:  # the pack's last entry gives the distance from there
             last = bits >> width * (count - 1) & low_mask
             ahead = count - i
             if not last & LI_D0_CBLKCNT:
@@ -284,7 +287,7 @@ def _load_compact(vol: Volume, inode: Inode, z: CompressionMap, lcn: int) -> Lcl
             return Lcluster(kind, 0, 0, False, 1, ahead, low & ~LI_D0_CBLKCNT)
         if i + 1 != count:
             return Lcluster(kind, 0, 0, False, low, ahead)
-        # the last entry tells the distance ahead: take the way back from the one before it
+        # the last entry stores the distance ahead: derive the distance back from the one before it
         value = bits >> width * (i - 1)
         low = value & low_mask
         if value >> low_bits & 3 != LCLUSTER_NONHEAD:
@@ -318,7 +321,7 @@ def _load_compact(vol: Volume, inode: Inode, z: CompressionMap, lcn: int) -> Lcl
 
 
 def _index_end(z: CompressionMap, lcn: int, layout: int) -> int:
-    """Where the entry of the last lcluster (or its whole pack) ends: inline data follows."""
+    """The offset after the last lcluster's entry (or its whole pack), where inline data starts."""
     if layout == ondisk.LAYOUT_COMPRESSED_FULL:
         return z.base + 8 * lcn + 8
     at, count, _ = _pack_of(z, lcn)
@@ -401,8 +404,10 @@ Record = tuple[int, int, int, int, bool]  # start, end, encoded length word, add
 
 
 def _fixed_record(vol: Volume, inode: Inode, z: CompressionMap, offset: int) -> Record:
-    """Records of 4 or 8 bytes, one for each lcluster: the length, and with 8 the address; with 4
-    the pclusters lie one after another from an address that precedes the records."""
+    """Read a record of 4 or 8 bytes; there is one per lcluster.
+
+    Records of 8 bytes hold length and address.  Records of 4 bytes hold the length only: the
+    pclusters are contiguous, from an address stored before the records."""
     bits = z.lcluster_bits
     lcn = offset >> bits
     memory = vol.memory
@@ -428,7 +433,7 @@ def _fixed_record(vol: Volume, inode: Inode, z: CompressionMap, offset: int) -> 
 
 
 def _search_record(vol: Volume, inode: Inode, z: CompressionMap, offset: int) -> Record:
-    """Records of 16 or 32 bytes, sorted by the logical offset that they carry."""
+    """Find a record of 16 or 32 bytes by binary search; records are sorted by their logical offset."""
     low, high = 0, z.extents
     start, end, plen, address = inode.size, inode.size, 0, 0
     while low < high:
@@ -452,7 +457,7 @@ def _search_record(vol: Volume, inode: Inode, z: CompressionMap, offset: int) ->
 
 
 def _algorithm(vol: Volume, inode: Inode, algorithm: int) -> int:
-    """An algorithm's number, if the superblock lists it."""
+    """Return ``algorithm``; raise CorruptImage if the superblock does not list it."""
     if not vol.sb.algorithms >> algorithm & 1:
         raise CorruptImage(
             f"compression algorithm {algorithm}, which the superblock does not list",
@@ -462,7 +467,7 @@ def _algorithm(vol: Volume, inode: Inode, algorithm: int) -> int:
 
 
 def _check(inode: Inode, extent: Extent) -> None:
-    """Refuse what no decoder should see."""
+    """Raise CorruptImage if a pcluster exceeds the format's size limits."""
     if extent.size > PCLUSTER_MAX_SIZE or extent.length > PCLUSTER_MAX_DSIZE:
         raise CorruptImage(
             f"pcluster of {extent.size} bytes for {extent.length}",
