@@ -1,4 +1,4 @@
-"""``pyerofs cache``: list, remove, prune and verify what was fetched."""
+"""``pyerofs cache``: list, remove, prune and verify the blobs in the cache."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ _STATES = {COMPLETE: "complete", BAD: "bad"}
 
 
 def _state(blob: Blob) -> str:
-    """How far a blob is: in words, where it is not on its way."""
+    """A blob's state: ``verified``, ``complete``, ``bad`` or ``partial``."""
     return "verified" if blob.verified else _STATES.get(blob.state, "partial")
 
 
 def cache(args: argparse.Namespace) -> int:
-    """One of the actions; exit status 1 if something was found wrong or could not be removed."""
+    """Run one action; exit status 1 if a blob is damaged or could not be removed."""
     directory = CacheDir(args.cache_dir or default_directory(), args.cache_limit)
     action = {"ls": _list, "rm": _remove, "prune": _prune, "verify": _verify}[args.action]
     return action(directory, args)
 
 
 def _chosen(directory: CacheDir, args: argparse.Namespace) -> list[Blob]:
-    """The blobs that the arguments name, by default all; the one used last comes first."""
+    """The blobs that the arguments name (default: all), most recently used first.  Raises
+    SourceError for a name that is not in the cache."""
     blobs = sorted(directory.blobs(), key=lambda b: -b.used)
     if not args.blobs:
         return blobs
@@ -93,7 +94,7 @@ def _prune(directory: CacheDir, args: argparse.Namespace) -> int:
 
 
 def _verify(directory: CacheDir, args: argparse.Namespace) -> int:
-    """Read every segment that is there; drop the wrong ones, so that they are fetched again."""
+    """Read every cached segment; drop damaged ones, so that they are fetched again."""
     blobs = _chosen(directory, args)
     progress = Progress("verifying", sum(b.size >> 20 for b in blobs))
     wrong = 0

@@ -1,9 +1,9 @@
-"""``pyerofs check``: read and verify everything.
+"""``pyerofs check``: read and verify everything in an image.
 
-Opening the image has verified the superblock and its checksum.  Then every inode that the root leads
-to is read; directories must be in order, free of duplicates and loops, with entries whose types
-match; link counts must be what the entries add up to; xattrs must parse and agree with the name
-filter; every pcluster must decode to its length.  Problems are collected, not fatal.
+Opening the image verifies the superblock and its checksum.  Then every inode reachable from the
+root is read: directories must be sorted, free of duplicates and loops, with entries whose types
+match; link counts must equal the number of names; xattrs must parse and agree with the name filter;
+every pcluster must decode to its length.  Problems are collected, not fatal.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pyerofs.system.progress import Progress
 PIECE = 4 << 20
 BATCH_FILES = 64
 BATCH_BYTES = 8 << 20
-MAX_BAD = 100  # blocks or entries of a directory, before the rest of it is left alone
-MAX_PROBLEMS = 10_000  # beyond that, more detail helps nobody
+MAX_BAD = 100  # bad blocks or entries of a directory before the rest of it is skipped
+MAX_PROBLEMS = 10_000  # further ones are dropped
 
 
 def check(args: argparse.Namespace) -> int:
@@ -62,7 +62,7 @@ def check(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong: with which path, inode, and byte of the image, as far as known."""
+    """One problem, with its path, nid and byte offset in the image, as far as known."""
 
     path: str
     what: str
@@ -79,7 +79,7 @@ class Problem:
         return f" ({', '.join(parts)})" if parts else ""
 
 
-# a directory for messages (None: of no directory), names in it and nids
+# path of a directory (None: not in a directory), (name, nid) of entries in it
 Batch = tuple[bytes | None, list[tuple[bytes, int]]]
 Found = tuple[list[Problem], int, int]  # problems, bytes, files on missing devices
 
@@ -87,7 +87,7 @@ Found = tuple[list[Problem], int, int]  # problems, bytes, files on missing devi
 class Checker:
     """One check of one image."""
 
-    _workers: Workers[Batch, Found] | Threads[Batch, Found]  # look at data and xattrs
+    _workers: Workers[Batch, Found] | Threads[Batch, Found]  # check data and xattrs
 
     def __init__(self, image: Image, progress: Progress) -> None:
         self._image = image
@@ -108,7 +108,7 @@ class Checker:
             self._walk()
             self._special()
         except WorkersEnded:
-            pass  # close tells why
+            pass  # close raises the cause
         finally:
             results = self._workers.close()
         for problems, size, unread in results:
@@ -197,8 +197,8 @@ class Checker:
                 )
 
     def _entries(self, path: str, here: Inode, parent: int) -> Iterator[Dirent]:
-        """The entries of a directory but ``.`` and ``..``, which are checked here.  Where too much
-        of it is out of order or makes no sense, the rest is passed over."""
+        """A directory's entries except ``.`` and ``..``, which are checked here.  After MAX_BAD bad
+        blocks or entries the rest of the directory is skipped."""
         last = highest = b""
         bad = 0
         dots = set()
@@ -229,7 +229,7 @@ class Checker:
                 self._add(path, f"no '{dot.decode()}' entry", here.nid)
 
     def _special(self) -> None:
-        """The inodes that no directory leads to."""
+        """Check the packed and metabox inodes, which no directory contains."""
         sb = self._vol.sb
         for name, nid in ((b"<packed inode>", sb.packed_nid), (b"<metabox inode>", sb.metabox_nid)):
             if nid:
@@ -242,7 +242,7 @@ class Checker:
             self._progress.advance(len(names))
 
     def _batch(self, batch: Batch, fd: int) -> None:
-        """What workers do."""
+        """Check one batch, in a worker."""
         here, names = batch
         total = 0
         for name, nid in names:
@@ -260,7 +260,7 @@ class Checker:
             self.bytes += total
 
     def _data(self, path: str, inode: Inode) -> int:
-        """Read all of a file or link; returns how many bytes of file data that was."""
+        """Read a whole file or link; returns the size of its file data in bytes."""
         try:
             if inode.is_symlink:
                 tree.link_target(self._vol, inode)

@@ -1,4 +1,4 @@
-"""What several verbs need: opening the image, printing names and JSON, a progress bar."""
+"""Shared by several verbs: opening the image with a progress bar, printing names and JSON."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from pyerofs.system.progress import Download
 
 @contextmanager
 def open_image(args: argparse.Namespace, *, whole: bool = False) -> Iterator[Image]:
-    """Open what the arguments name.  May ask for a password.
+    """Open the image that the arguments name, for a ``with`` block.  May ask for a password.
 
-    ``whole``: the command is about everything in it.  Then, or where all of it was read anyway, the
-    digests of what came from afar are checked at the end, so that no exit status of 0 stands for bytes
-    that are not what they are called.  Raises SourceError."""
+    At the end of the block, the digests of downloaded blobs are checked if ``whole`` (the command
+    covers the entire image) or if a blob is complete anyway.  Exit status 0 thus implies correct
+    bytes.  Raises SourceError, CorruptImage, UnsupportedFeature."""
     start_logging("pyerofs", foreground=True, debug=0)
     words: SourceWords = args.source or SourceWords()
     spec = words.spec_as_typed(args.image)
@@ -42,7 +42,7 @@ def open_image(args: argparse.Namespace, *, whole: bool = False) -> Iterator[Ima
 
 
 def printable(name: str) -> str:
-    """A name for a terminal: control characters are shown, not obeyed.  In a pipe: as it is."""
+    """A name for output: with control characters escaped on a terminal, unchanged elsewhere."""
     if not sys.stdout.isatty() or name.isprintable():
         return name
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -1,4 +1,4 @@
-"""``pyerofs completion``: scripts for bash, zsh and fish, made from the command's own grammar."""
+"""``pyerofs completion``: scripts for bash, zsh and fish, generated from the argument parser."""
 
 from __future__ import annotations
 

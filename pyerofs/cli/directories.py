@@ -1,4 +1,4 @@
-"""Directories below a target, opened one after another without following a link."""
+"""Open directories below a target component by component, never following a link."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from contextlib import contextmanager
 from pyerofs.format.tree import Place
 
 OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-STEP = 32  # levels between the directories that are kept open on the way down
+STEP = 32  # levels between directories that stay open on the way down
 
 
 class Directories:
-    """Opens places of a tree below a target directory.  For one thread.
+    """Opens the directories of Places below a target directory.  For one thread.
 
-    No path is long enough for a deep tree, so the way goes name by name; some directories on it stay
-    open, for others near there."""
+    The paths of a deep tree exceed PATH_MAX, so a directory is opened component by component.  Some
+    directories on the way stay open, as shortcuts to others below them."""
 
     def __init__(self, root: int) -> None:
-        """``root``: the target's descriptor, which stays the caller's."""
+        """``root``: the target's descriptor, which the caller closes."""
         self._root = root
         self._kept: list[tuple[Place, int]] = []  # each below the one before
 
     @contextmanager
     def opened(self, place: Place) -> Iterator[int]:
-        """The descriptor of a place's directory, for as long as the block takes.  Raises OSError."""
+        """The descriptor of a Place's directory, closed at the end of the block.  Raises OSError."""
         fd = self._open(place)
         try:
             yield fd
@@ -33,7 +33,7 @@ class Directories:
             os.close(fd)
 
     def _open(self, place: Place) -> int:
-        way = []  # from the place up to one that is open, or the root
+        way = []  # from the place up to an open directory, or the root
         open_places = {id(kept): fd for kept, fd in self._kept}
         here = place
         while here.parent is not None and id(here) not in open_places:

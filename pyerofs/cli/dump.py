@@ -1,8 +1,8 @@
-"""``pyerofs dump``: which bytes of the image are what.
+"""``pyerofs dump``: account for every byte of an image.
 
-Every structure that can be reached claims its range; what nothing claims is shown as unaccounted
-(zeros are told apart).  Ranges may overlap where the image shares bytes: a pcluster that several
-files refer to is listed once, with how many do.
+Every reachable structure claims its range; an unclaimed range is padding (zeros), slack (the rest
+of a block) or unaccounted.  Ranges may overlap where the image shares bytes: a pcluster to which
+several files refer is listed once, with their number.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ PIECE = 1 << 20
 
 
 class Named(NamedTuple):
-    """Something in the tree; its path is made when it is wanted."""
+    """An entry of the tree, whose path is built on demand."""
 
     place: Place
     name: bytes
-    before: str = ""  # what a detail starts with
+    before: str = ""  # text before the path
 
     def __str__(self) -> str:
         return self.before + tree.shown_path(self.place, self.name)
@@ -69,7 +69,7 @@ def dump(args: argparse.Namespace) -> int:
 
 
 def account(image: Image) -> Iterator[Region]:
-    """All regions of the primary device by their start, gaps included."""
+    """All regions of the primary device sorted by start, gaps included."""
     size = image.volume.memory.sizes[0]
     at = 0
     claims = sorted((_within(r, size) for r in _claims(image)), key=lambda r: r.order)
@@ -83,7 +83,7 @@ def account(image: Image) -> Iterator[Region]:
 
 
 def _within(region: Region, size: int) -> Region:
-    """A region, or the error that it is to claim what the image does not have."""
+    """The region, or an error region if it reaches beyond the end of the image (``size``)."""
     if region.end <= size:
         return region
     detail = f"{region.detail}: {region.what} reaches beyond the end, to {region.end:#x}"
@@ -91,7 +91,7 @@ def _within(region: Region, size: int) -> Region:
 
 
 def _merge(regions: list[Region]) -> Iterator[Region]:
-    """One region for all that claim exactly the same range for the same thing."""
+    """Merge regions with the same range and type into one."""
     held: Region | None = None
     users = 0
     for region in regions:
@@ -112,17 +112,17 @@ def _shared(region: Region, users: int) -> Region:
 
 
 def _gap(image: Image, start: int, end: int) -> Iterator[Region]:
-    """What nothing claims: zeros are padding, else the rest of a block is slack."""
+    """An unclaimed range: padding (zeros), slack (the rest of a block) or unaccounted."""
     if _is_zero(image, start, end):
         yield Region(start, end, "padding")
         return
-    # what mkfs had in its buffer may be left in the rest of a block
+    # mkfs may leave stale buffer contents in the rest of a block
     slack = end - start <= -start % image.superblock.block_size
     yield Region(start, end, "slack" if slack else "unaccounted")
 
 
 def _is_zero(image: Image, start: int, end: int) -> bool:
-    """Whether a range is zeros.  What a file does not store is not read."""
+    """Whether a range is all zeros.  Holes of a sparse image file are not read."""
     at = start
     while at < end:
         at = image.volume.memory.data_from(0, at)
@@ -172,14 +172,14 @@ def _claims(image: Image) -> Iterator[Region]:
 
 
 class Budget:
-    """How many extents there can be: each takes a byte of metadata at least, unless tables overlap, and
-    then a small image has more of them than anybody can list."""
+    """A limit on extents: each needs at least one byte of metadata, unless tables overlap.  With
+    overlapping tables a small image could claim more extents than can be listed."""
 
     def __init__(self, vol: Volume) -> None:
         self._left = vol.memory.sizes[0] + (vol.metabox.size if vol.metabox is not None else 0)
 
     def spend(self, n: int, inode: Inode) -> None:
-        """Raises CorruptImage where there can't be so many."""
+        """Count ``n`` extents.  Raises CorruptImage above the limit."""
         self._left -= n
         if self._left < 0:
             raise CorruptImage(
@@ -237,7 +237,7 @@ def _inode(image: Image, path: str | Named, inode: Inode, budget: Budget) -> Ite
         elif e.kind == PLAIN:
             length = e.size or e.length
             end = e.address + length
-            if not e.size:  # the rest of a flat file's last block is its own
+            if not e.size:  # the rest of a flat file's last block belongs to it
                 end = max(end, min((end + mask) & ~mask, vol.memory.sizes[0]))
             yield Region(e.address, end, what, path)
         elif e.kind == META:

@@ -1,10 +1,10 @@
-"""``pyerofs extract``: the tree, or parts of it, as files.
+"""``pyerofs extract``: write the tree, or parts of it, to a directory.
 
 Nothing is ever written outside the target directory.  Names come from the image and are checked to
-be single path components; each is created relative to an open directory, never through a link, and
-never over something that exists unless that is asked for.  Owners, modes, xattrs and times are set
-through a descriptor of the very thing that was made, whatever its name leads to by then.  Files are
-written by a few threads or processes; links and the times of directories come last.
+be single path components; each file is created relative to an open directory, never through a link,
+and over an existing file only with ``--overwrite``.  Owners, modes, xattrs and times are set
+through a descriptor of the created file, so replacing its name has no effect.  Several threads or
+processes write the files; hard links and the attributes of directories come last.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from pyerofs.sources.base import Buffer
 from pyerofs.system.progress import Progress
 
 PIECE = 1 << 20  # bytes gathered for one write
-BATCH_FILES = 64  # files, or
-BATCH_BYTES = 4 << 20  # bytes, that make one job
-NOBODY = 0xFFFFFFFF  # as an owner it means "as before" to chown(2), and nothing can have it
+BATCH_FILES = 64  # a job ends after this many files, or
+BATCH_BYTES = 4 << 20  # after this many bytes
+NOBODY = 0xFFFFFFFF  # chown(2) takes this id as "unchanged", so it can't be set
 
 
 def extract(args: argparse.Namespace) -> int:
@@ -65,7 +65,7 @@ def extract(args: argparse.Namespace) -> int:
     return 1 if extractor.failures else 0
 
 
-Batch = tuple[bytes, list[tuple[bytes, int]]]  # a directory for messages, names in it and nids
+Batch = tuple[bytes, list[tuple[bytes, int]]]  # path of a directory, (name, nid) of files in it
 Found = tuple[int, Counter[str], set[int]]  # failures, skipped, made
 Name = tuple[Place, bytes]
 R = TypeVar("R")
@@ -73,8 +73,9 @@ Ts = TypeVarTuple("Ts")
 
 
 class Extractor:
-    """One extraction.  ``failures`` counts what is missing afterwards, ``skipped`` what could not
-    be set, for want of privileges or support."""
+    """One extraction.  ``failures`` counts files that could not be extracted; ``skipped`` counts,
+    by kind, attributes and devices that could not be set or made, for lack of privileges or
+    support."""
 
     def __init__(
         self,
@@ -98,9 +99,9 @@ class Extractor:
         self.failures = 0
         self.skipped: Counter[str] = Counter()
         self._first: dict[int, Name] = {}  # nid of a file with several links -> its first name
-        self._made: set[int] = set()  # those that were really created
+        self._made: set[int] = set()  # nids of the files that were created
         self._links: list[tuple[Place, bytes, int]] = []
-        self._unfinished: list[tuple[Place, int]] = []  # directories, and their nids
+        self._unfinished: list[tuple[Place, int]] = []  # directories without attributes, nids
 
     def run(self, paths: list[bytes]) -> None:
         """Extract the whole tree, or the given paths with their parents."""
@@ -111,7 +112,7 @@ class Extractor:
             for path in paths:
                 self._one(path)
         except WorkersEnded:
-            pass  # close tells why
+            pass  # close raises the cause
         finally:
             results = self._workers.close()
         for failures, skipped, made in results:
@@ -128,7 +129,7 @@ class Extractor:
         return self.failures, self.skipped, self._made
 
     def summary(self) -> Iterator[str]:
-        """What a person should know afterwards."""
+        """Lines for stderr about skipped attributes and failed files."""
         if self.skipped:
             counts = ", ".join(f"{n} {what}" for what, n in sorted(self.skipped.items()))
             hint = "" if os.geteuid() == 0 else " (not root)"
@@ -139,7 +140,7 @@ class Extractor:
     # walking ----------------------------------------------------------------------------
 
     def _one(self, path: bytes) -> None:
-        """Extract one path: its parents are made, with plain attributes, as needed."""
+        """Extract one path; missing parents are created with default attributes."""
         inode = tree.resolve(self._vol, path, False)
         names = [n for n in path.split(b"/") if n not in (b"", b".")]
         if b".." in names:
@@ -161,7 +162,7 @@ class Extractor:
         self._walk(here, inode)
 
     def _make(self, parent: int, name: bytes) -> bool:
-        """Make a directory in another; one that exists will do, if it is no link to one."""
+        """Make a directory in another; an existing one is accepted unless it is a link."""
         try:
             os.mkdir(name, 0o700, dir_fd=parent)
         except FileExistsError:
@@ -179,21 +180,21 @@ class Extractor:
             stack += found or []
 
     def _enter(self, place: Place, inode: Inode, seen: set[int]) -> list[tuple[Place, Inode]]:
-        """Have the files of a directory extracted; make its subdirectories, and return them."""
+        """Submit the files of a directory to the workers; make its subdirectories, and return them."""
         tree.once(seen, inode)
         found: list[tuple[Place, Inode]] = []
         with self._directories.opened(place) as fd:
             try:
                 for batch in self._batches(fd, place, inode, found):
                     self._submit(fd, place, batch)
-            except ErofsError as e:  # what was found before that is good
+            except ErofsError as e:  # entries before the error are extracted
                 self._fail(place.shown(), e)
         return found
 
     def _batches(
         self, fd: int, place: Place, inode: Inode, found: list[tuple[Place, Inode]]
     ) -> Iterator[list[tuple[bytes, Inode]]]:
-        """The files of a directory, some at a time; subdirectories are made, and added to ``found``."""
+        """The files of a directory in batches; subdirectories are made, and added to ``found``."""
         batch: list[tuple[bytes, Inode]] = []
         size = 0
         try:
@@ -219,7 +220,7 @@ class Extractor:
         yield batch
 
     def _submit(self, fd: int, here: Place, files: list[tuple[bytes, Inode]]) -> None:
-        """Give files of one directory to a worker; later names of the same file become links."""
+        """Submit files of one directory to the workers; further names of a file become hard links."""
         batch = []
         for name, inode in files:
             if inode.nlink > 1 and self._first.setdefault(inode.nid, (here, name)) != (here, name):
@@ -232,7 +233,7 @@ class Extractor:
                 self._progress.advance(len(batch))
 
     def _batch(self, batch: Batch, fd: int) -> None:
-        """What workers do."""
+        """Extract one batch, in a worker."""
         here, names = batch
         for name, nid in names:
             path = here + b"/" + name if here else name
@@ -242,7 +243,7 @@ class Extractor:
     # creating ---------------------------------------------------------------------------
 
     def _create(self, parent: int, name: bytes, nid: int) -> bool:
-        """Make a file, link, fifo, socket or device; whether it is there then."""
+        """Create a file, link, fifo, socket or device.  Returns False if mknod(2) is not permitted."""
         inode = self._image.inode(nid)
         if self._overwrite:
             self._unlink(parent, name)
@@ -253,7 +254,7 @@ class Extractor:
                 try:
                     self._write(fd, inode)
                 except BaseException:
-                    os.unlink(name, dir_fd=parent)  # no half a file
+                    os.unlink(name, dir_fd=parent)  # leave no partial file
                     raise
                 self._finish(fd, inode)
             finally:
@@ -270,14 +271,14 @@ class Extractor:
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:
             _check_made(fd, inode)
-            # the descriptor's own path leads to what is open, and no further, even if that is a link
+            # this path leads to the open file itself, even if that is a symbolic link
             self._finish(f"/proc/self/fd/{fd}", inode)
         finally:
             os.close(fd)
         return True
 
     def _write(self, fd: int, inode: Inode) -> None:
-        """The file's data; holes stay holes."""
+        """Write the file's data; holes stay holes."""
         parts: list[Buffer] = []
         start = gathered = 0
         end = 0
@@ -302,9 +303,10 @@ class Extractor:
             os.ftruncate(fd, inode.size)
 
     def _finish(self, what: int | str, inode: Inode) -> None:
-        """Set all attributes of something by its descriptor, or the descriptor's path: the owner first,
-        which clears set-id bits and capabilities; then xattrs, which may need the permission to write;
-        then mode and times."""
+        """Set all attributes of a file, given by its descriptor or the descriptor's path.
+
+        The order matters: the owner first, because chown clears set-id bits and capabilities; then
+        xattrs, which may need write permission; then mode and times."""
         mode = stat.S_IMODE(inode.mode)
         if not self._own(what, inode):
             mode &= ~(stat.S_ISUID | stat.S_ISGID)
@@ -318,7 +320,7 @@ class Extractor:
             self._finish(fd, self._image.inode(nid))
 
     def _own(self, what: int | str, inode: Inode) -> bool:
-        """Set the owner; whether it is the image's then."""
+        """Set the owner.  Returns whether the file has the image's owner afterwards."""
         wanted = (inode.uid, inode.gid)
         if self._owners and NOBODY not in wanted:
             try:
@@ -341,7 +343,7 @@ class Extractor:
                 self._skip("xattrs")
 
     def _link(self, place: Place, name: bytes, nid: int) -> None:
-        """A further name of a file; its first, if that could not be created where it came first."""
+        """Create a further name of a file as a hard link; create the file if that has failed before."""
         with self._directories.opened(place) as parent:
             if nid not in self._made:
                 if self._create(parent, name, nid):
@@ -365,7 +367,10 @@ class Extractor:
     # accounting -------------------------------------------------------------------------
 
     def _try(self, path: bytes, function: Callable[[*Ts], R], *args: *Ts) -> R | None:
-        """Call, and report what goes wrong with one file without giving up the others."""
+        """Call ``function``; report an error with one file and return None, so that the others go
+        on.
+
+        Raises OSError if the target is full, over quota or read-only."""
         try:
             return function(*args)
         except (ErofsError, OSError, ValueError, OverflowError) as e:
@@ -378,7 +383,7 @@ class Extractor:
         with self._lock:
             self.failures += 1
             if isinstance(e, DeviceMissing):
-                return  # which was said at the start
+                return  # already reported when the image was opened
             self._progress.close()
             reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
             complain(f"{os.fsdecode(path) or '.'}: {reason}")
@@ -389,7 +394,7 @@ class Extractor:
 
 
 def _check_made(fd: int, inode: Inode) -> None:
-    """Raise OSError where another user has put something else in the place of what was just made."""
+    """Raise OSError if another user has replaced the file that was just created."""
     found = os.fstat(fd)
     if (
         stat.S_IFMT(found.st_mode) != stat.S_IFMT(inode.mode)

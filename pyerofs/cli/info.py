@@ -1,4 +1,4 @@
-"""``pyerofs info``."""
+"""``pyerofs info``: show the superblock and statistics of an image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyerofs.units import format_size
 
 
 def info(args: argparse.Namespace) -> int:
-    """Print what the superblock says and what the inodes add up to."""
+    """Print the superblock's fields and statistics over all inodes."""
     with open_image(args) as image:
         found = describe(image)
     if args.json:
@@ -37,7 +37,7 @@ def info(args: argparse.Namespace) -> int:
 
 
 def describe(image: Image) -> dict[str, Any]:
-    """The facts, ready for JSON."""
+    """The superblock's fields and the statistics, ready for JSON."""
     sb = image.superblock
     digest = xattr.digest_prefix(image.volume)
     return {
@@ -112,7 +112,7 @@ def _statistics(image: Image) -> dict[str, Any]:
     count(image.root)
     for _, _, inode in tree.walk(image.volume, image.root):
         count(inode)
-    if image.superblock.packed_nid:  # fragments: what files have there counts with the files
+    if image.superblock.packed_nid:  # fragments: their original size counts with their files
         packed = inodes.load(image.volume, image.superblock.packed_nid)
         encoded += packed.blocks * image.superblock.block_size if packed.is_compressed else 0
     found: dict[str, Any] = {f"{k} count": n for k, n in sorted(types.items())}

@@ -82,7 +82,7 @@ def _time(inode: Inode) -> str:
 
 
 def tree(args: argparse.Namespace) -> int:
-    """Draw a directory and what is below it."""
+    """Draw a directory and everything below it."""
     with open_image(args) as image:
         inode = image.lookup(args.path)
         print(printable(args.path))
@@ -95,7 +95,7 @@ def tree(args: argparse.Namespace) -> int:
 def _draw(image: Image, top: str, start: Inode, level: int | None) -> tuple[int, int]:
     directories = files = 0
     seen = {start.nid}
-    # (entries still to print, what their lines start with)
+    # (entries still to print, prefix of their lines)
     stack: list[tuple[Iterator[tuple[DirEntry, bool]], str]] = [(_with_last(image, start), "")]
     while stack:
         entries, indent = stack[-1]
@@ -119,7 +119,7 @@ def _draw(image: Image, top: str, start: Inode, level: int | None) -> tuple[int,
 
 
 def _with_last(image: Image, inode: Inode) -> Iterator[tuple[DirEntry, bool]]:
-    """The entries of a directory, each with whether it is the last one."""
+    """The entries of a directory, each with a flag: whether it is the last one."""
     entries = image.scandir(inode)
     held = next(entries, None)
     while held is not None:
@@ -129,7 +129,7 @@ def _with_last(image: Image, inode: Inode) -> Iterator[tuple[DirEntry, bool]]:
 
 
 def stat(args: argparse.Namespace) -> int:
-    """Show all that is known about the paths."""
+    """Show attributes, xattrs and extents of the paths."""
     with open_image(args) as image:
         found = []
         for path in args.paths:
@@ -195,7 +195,7 @@ def _extent(extent: Extent) -> dict[str, Any]:
 
 
 def cat(args: argparse.Namespace) -> int:
-    """Write files to stdout, whatever is in them."""
+    """Write the files' bytes to stdout, unchanged."""
     out = sys.stdout.buffer
     with open_image(args) as image:
         for path in args.paths:

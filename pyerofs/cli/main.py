@@ -1,4 +1,4 @@
-"""The command's grammar, and the one place where errors become messages and exit statuses."""
+"""The command line parser, and the only place where errors become messages and exit statuses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Data goes to stdout, messages to stderr.
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The grammar of the whole command."""
+    """The argument parser of the whole command."""
     parser = _Parser(
         prog="pyerofs",
         description="Look into EROFS images and take things out of them.",
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--oci", metavar="REFERENCE", help="the same as oci://REFERENCE")
     for name, word in WORDS.items():
         if name.startswith("prefetch"):
-            continue  # for what stays
+            continue  # of use to mounts and exports only
         where.add_argument(
             f"--{name}", action=_SourceWord, dest="source", metavar=word.metavar,
             nargs=None if word.metavar else 0, help=word.help,
@@ -133,7 +133,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _verb_first(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
-    """``--json ls IMAGE`` -> ``ls --json IMAGE``: options that several verbs have may come before."""
+    """``--json ls IMAGE`` -> ``ls --json IMAGE``: common options may precede the verb."""
     valued = {f"--{name}": bool(word.metavar) for name, word in WORDS.items()}
     valued |= {"--json": False, "--cache-size": True, "--oci": True}
     at = 0
@@ -150,7 +150,7 @@ def _verb_first(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, not how everything would be right."""
+    """Reports a wrong command line briefly, without argparse's full usage text."""
 
     def error(self, message: str) -> NoReturn:
         print(f"usage: {self.prog} ... ({self.prog} --help shows how)", file=sys.stderr)
@@ -171,7 +171,7 @@ def _oci_first(words: list[str]) -> list[str]:
 
 
 class _SourceWord(argparse.Action):
-    """Hands an option on to a SourceWords, in order."""
+    """Passes each option to the SourceWords in ``namespace.source``, in order."""
 
     def __call__(
         self,
@@ -214,7 +214,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if sys.stdout is None:
         complain("there is no standard output")
         return 1
-    for stream in (sys.stdout, sys.stderr):  # names that are not UTF-8 come out as they are
+    for stream in (sys.stdout, sys.stderr):  # names that are not UTF-8 are written unchanged
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     module = importlib.import_module(f"pyerofs.cli.{_MODULES.get(args.verb, args.verb)}")
@@ -230,11 +230,11 @@ def main(words: Sequence[str] | None = None) -> int:
     except ErofsError as e:
         complain(str(e))
         return 1
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of stdout closed the pipe
         _drop_output()
         return 1
     except OSError as e:
-        named = isinstance(e.filename, (str, bytes))  # it may be a descriptor
+        named = isinstance(e.filename, (str, bytes))  # filename may be a descriptor
         if not named:
             _drop_output()
         where = f"{os.fsdecode(e.filename)}: " if named else ""
@@ -246,8 +246,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """Have the interpreter's last flush go nowhere, instead of failing once more."""
-    with suppress(OSError):  # it may be no file at all
+    """Redirect stdout to /dev/null, so that the interpreter's final flush does not fail again."""
+    with suppress(OSError):  # stdout may have no descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

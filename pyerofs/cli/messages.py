@@ -1,4 +1,4 @@
-"""What the command says on stderr.  Imports nothing heavy."""
+"""Error messages on stderr.  Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pyerofs.errors import one_line
 
 
 class UsageError(Exception):
-    """The command line makes no sense; the message says why."""
+    """The command line is invalid; the message says why."""
 
 
 def complain(message: str) -> None:
-    """Say what went wrong, on one line of stderr."""
+    """Print an error message as one line on stderr."""
     print(f"pyerofs: {one_line(message)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``pyerofs mounts``: what live mounts have fetched and cached."""
+"""``pyerofs mounts``: show how much live mounts have fetched and cached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyerofs.units import format_size
 
 
 def mounts(args: argparse.Namespace) -> int:
-    """List them."""
+    """List the live mounts of this user (root: of all users)."""
     found = list(live())
     if args.json:
         print_json(found)

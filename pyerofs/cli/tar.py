@@ -1,7 +1,7 @@
-"""``pyerofs tar``: the tree as a PAX stream (POSIX.1-2001), for ``tar`` and container tools.
+"""``pyerofs tar``: write the tree as a PAX stream (POSIX.1-2001), for ``tar`` and container tools.
 
 The headers are written here and not by the standard library, whose PAX writer rounds times to a
-float, can't carry binary attribute values in a way other tools read, and is ten times slower.
+float, can't carry binary attribute values in a form that other tools read, and is ten times slower.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pyerofs.system.libc import keep_freed_memory
 BLOCK = 512
 RECORD = 20 * BLOCK  # tar pads its archives to this
 PIECE = 1 << 20
-MAX_PATH = 64 << 10  # bytes, 16 times what any system call takes; each member has its path
+MAX_PATH = 64 << 10  # bytes, 16 times PATH_MAX; each member stores its full path
 MAX_OCTAL_7 = 0o7777777
 MAX_OCTAL_11 = 0o77777777777
 
@@ -64,8 +64,8 @@ def _write(image: Image, args: argparse.Namespace, out: BinaryIO) -> int:
 
 
 class TarWriter:
-    """Writes members one after another; ``sockets`` counts what a tar can't hold, ``problems`` what is
-    corrupt and was left out."""
+    """Writes tar members one after another.  ``sockets`` counts sockets, which tar can't hold;
+    ``problems`` counts corrupt entries.  Both are left out."""
 
     def __init__(self, image: Image, out: BinaryIO, *, xattrs: bool = True) -> None:
         self._image = image
@@ -82,7 +82,8 @@ class TarWriter:
         complain(str(error))
 
     def add_tree(self, top: Inode) -> None:
-        """All below a directory, and itself as ``./``; parents before children."""
+        """Add a directory as ``./`` and everything below it, parents before children.  Raises
+        ErofsError for a path of more than MAX_PATH bytes."""
         trail = tree.Trail(top)
         while (step := trail.next()) is not None:
             place, here = step
@@ -100,7 +101,7 @@ class TarWriter:
             trail.enter(directories)
 
     def add(self, name: bytes, inode: Inode) -> None:
-        """One member; later names of a file with several links become hard links."""
+        """Add one member; further names of a file with several links become hard links."""
         if stat.S_ISSOCK(inode.mode):
             self.sockets += 1
             return
@@ -137,7 +138,7 @@ class TarWriter:
     def _records(
         self, name: bytes, target: bytes, size: int, inode: Inode
     ) -> list[tuple[bytes, bytes]]:
-        """What the old header can't hold."""
+        """PAX records (key, value) for the fields that the ustar header can't hold."""
         found = []
         if len(name) > 100 or not name.isascii():
             found.append((b"path", name))
@@ -173,7 +174,7 @@ _TYPES = {
 
 
 def _escaped(key: bytes) -> bytes:
-    """The name of an attribute in a record's key, which ends at its first ``=``: as GNU tar does."""
+    """An attribute's name for a PAX key, which ends at its first ``=``; escaped as GNU tar does."""
     return key.replace(b"%", b"%25").replace(b"=", b"%3D")
 
 
@@ -196,7 +197,8 @@ def _record(key: bytes, value: bytes) -> bytes:
 def _header(
     name: bytes, kind: bytes, size: int, target: bytes = b"", inode: Inode | None = None
 ) -> bytes:
-    """One 512-byte ustar header.  What does not fit is cut; a PAX record says it in full."""
+    """One 512-byte ustar header.  Values that do not fit are cut or 0; a PAX record has them in
+    full."""
     mode, uid, gid, mtime, major, minor = 0o644, 0, 0, 0, 0, 0
     if inode is not None:
         mode = stat.S_IMODE(inode.mode)

@@ -1,8 +1,7 @@
-"""Many jobs for all processors: threads, or processes, which can do at the same time what Python's
-threads can't.
+"""Run many jobs on all CPUs: in threads, or in processes, which the GIL does not serialize.
 
-For processes a job is a message on one socket that all of them read from, so the one that is free takes
-the next.  A descriptor may come with it.
+Processes receive jobs as messages on one shared socket, so the next idle process takes the next
+job.  A message may carry a file descriptor.
 """
 
 from __future__ import annotations
@@ -23,22 +22,23 @@ Result = TypeVar("Result")
 
 MANY = 2000  # inodes; with fewer, processes are not worth starting
 MAX_MESSAGE = 128 << 10  # bytes of a job, which has to fit the socket's buffer
-MAX_WAITING = 16  # jobs that threads have not begun or finished
+MAX_WAITING = 16  # unfinished jobs of threads; further submits block
 
 
 class WorkersEnded(Exception):
-    """The workers have ended early; ``close`` tells why."""
+    """The workers have ended early; ``close`` raises the cause."""
 
 
 def hire(
     work: Callable[[Job, int], None], finish: Callable[[], Result], inodes: int
 ) -> Workers[Job, Result] | Threads[Job, Result]:
-    """Workers for the jobs of an image with so many inodes.  ``work`` gets a job and its descriptor
-    (-1: none), which is closed after it.
+    """Start workers for an image with ``inodes`` inodes.  Each job and its descriptor (-1: none)
+    are passed to ``work``; the descriptor is closed afterwards.
 
-    Processes, where they are worth their price and no other thread could be caught with a lock held:
-    far images, whose sources have a thread, are left to threads.  ``finish`` is for processes, whose
-    results are somewhere else; threads share all that ``work`` changes."""
+    Processes are used if there are at least MANY inodes, several CPUs and no other thread: a fork
+    would copy locks that other threads hold.  Remote images, whose sources run a thread, therefore
+    get threads.  ``finish`` returns the results of a process; threads share all state that ``work``
+    changes, so ``finish`` is not called."""
     keep_freed_memory()
     if inodes >= MANY and (os.cpu_count() or 1) > 1 and threading.active_count() == 1:
         return Workers(work, finish)
@@ -46,7 +46,7 @@ def hire(
 
 
 class Threads(Generic[Job, Result]):
-    """One thread more than there are CPUs.  An OSError that ``work`` raises ends them."""
+    """A pool of one thread more than there are CPUs.  An exception in ``work`` ends it."""
 
     def __init__(self, work: Callable[[Job, int], None]) -> None:
         self._work = work
@@ -55,8 +55,8 @@ class Threads(Generic[Job, Result]):
         self._error: BaseException | None = None
 
     def submit(self, job: Job, fd: int = -1) -> None:
-        """Hand over a job, and a descriptor, which stays the caller's; may wait.  Raises WorkersEnded
-        where one has failed."""
+        """Queue a job.  ``fd`` is duplicated; the caller closes its own.  Blocks while MAX_WAITING
+        jobs are unfinished.  Raises WorkersEnded if a job has failed."""
         self._waiting.acquire()
         if self._error is not None:
             raise WorkersEnded
@@ -68,7 +68,7 @@ class Threads(Generic[Job, Result]):
         self._waiting.release()
 
     def close(self) -> Sequence[Result]:
-        """Wait until all is done.  Raises what a job raised."""
+        """Wait for all jobs.  Raises the first exception of a job."""
         self._pool.shutdown()
         if self._error is not None:
             raise self._error
@@ -86,14 +86,14 @@ def _do(work: Callable[[Job, int], None], job: Job, fd: int) -> None:
 class Workers(Generic[Job, Result]):
     """As many forked processes as there are CPUs.
 
-    ``work`` is called in them with each job, ``finish`` at the end; what that returns is sent back.
-    An OSError that ``work`` raises ends its worker, and is raised by ``close``."""
+    Each process calls ``work`` for its jobs and ``finish`` at the end, whose result it sends back.
+    An OSError in ``work`` ends the process; ``close`` raises it."""
 
     def __init__(self, work: Callable[[Job, int], None], finish: Callable[[], Result]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         self._jobs, jobs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._workers: list[tuple[int, int]] = []  # pid, and where its result comes from
+        self._workers: list[tuple[int, int]] = []  # pid, and the pipe for its result
         for _ in range(os.cpu_count() or 1):
             results, result = os.pipe()
             pid = os.fork()
@@ -105,8 +105,8 @@ class Workers(Generic[Job, Result]):
         jobs.close()
 
     def submit(self, job: Job, fd: int = -1) -> None:
-        """Hand over a job, and a descriptor, which stays the caller's; may wait.  Raises WorkersEnded
-        where no process is left to do it."""
+        """Send a job, and a descriptor, which the caller still closes.  Blocks while the socket's
+        buffer is full.  Raises WorkersEnded if no process is left."""
         message = pickle.dumps(job)
         assert len(message) <= MAX_MESSAGE, "jobs are made of bounded parts"
         try:
@@ -115,7 +115,7 @@ class Workers(Generic[Job, Result]):
             raise WorkersEnded from None
 
     def close(self) -> Sequence[Result]:
-        """Wait until all is done; the results.  Raises an OSError that a worker met."""
+        """Wait for all jobs; returns the results of ``finish``.  Raises a worker's first OSError."""
         self._jobs.close()
         found: list[Result] = []
         errors: list[OSError] = []
@@ -139,7 +139,7 @@ _DIED = OSError(0, "a worker process died")
 def _run(
     jobs: socket.socket, result: int, work: Callable[[Job, int], None], finish: Callable[[], Result]
 ) -> NoReturn:
-    """The life of a worker process."""
+    """The main loop of a worker process."""
     status = 1
     try:
         error: OSError | None = None
