@@ -5,8 +5,9 @@
     with pyerofs.open("system.erofs") as image:
         print(image.read("etc/os-release").decode())
 
-``pyerofs.open`` gives an Image; ``pyerofs.Path`` is its pathlib-like face; ``pyerofs.aio`` is the
-same for trio.  Importing the package loads nothing heavy: codecs and trio come when needed.
+``pyerofs.open`` returns an Image; ``pyerofs.Path`` wraps one in pathlib's interface;
+``pyerofs.aio`` is the same API for trio.  Importing the package is cheap: codecs and trio are
+loaded on first use.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names when they are first used."""
+    """Import public names on first use."""
     if name not in _HOME_OF:
         raise AttributeError(f"module 'pyerofs' has no attribute {name!r}")
     from importlib import import_module

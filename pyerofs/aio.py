@@ -1,11 +1,11 @@
-"""The same API for trio: ``async with pyerofs.aio.open(...) as image``.
+"""The asynchronous API, for trio: ``async with pyerofs.aio.open(...) as image``.
 
-The parser stays synchronous.  A call runs it against a memory that faults: usually all it needs is
-there and it returns at once, without a trip through the event loop; otherwise what is missing is
-fetched and decoded (in worker threads), pinned, and the parser called again.
+The parser stays synchronous.  A call runs it on a FaultingMemory: usually all the data is in
+memory, and the call returns at once, without a trip through the event loop; otherwise the missing
+data is fetched and decoded (in worker threads), pinned, and the parser called again.
 
-Checkpoints: a method is a checkpoint only if it has to wait.  Cancellation is safe everywhere; work
-that other tasks wait for as well is taken over by one of them.
+Checkpoints: a method is a checkpoint only if it has to wait.  Cancellation is safe everywhere: work
+that other tasks also wait for is restarted by one of them.
 """
 
 from __future__ import annotations
@@ -43,29 +43,29 @@ from pyerofs.sources.spec import Access
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-MAX_FAULTS = 1024  # of one parser call: a path through forty directories needs a few dozen
-MAX_PINNED = 256 << 20  # bytes held for one parser call
-MAX_PIECES = 32  # extents of one read that are fetched and decoded at the same time
+MAX_FAULTS = 1024  # per parser call: a path through forty directories needs a few dozen
+MAX_PINNED = 256 << 20  # bytes pinned for one parser call
+MAX_PIECES = 32  # extents of one read that are fetched and decoded concurrently
 AHEAD = 4 << 20  # bytes that are decoded ahead of a sequential reader
-INODE_SIZE = 64  # and what usually follows an inode lies in the same window
-BATCH_NS = 3_000_000  # of decoding that make one job for a thread when decoding ahead
-MAX_BATCHES = 8  # jobs ahead of all readers together
+INODE_SIZE = 64  # bytes; data after an inode usually lies in the same window
+BATCH_NS = 3_000_000  # of decoding, estimated, in one read-ahead job of a thread
+MAX_BATCHES = 8  # read-ahead jobs at once, for all readers together
 
 
 class Schedule(Protocol):
-    """When an AsyncImage may hold the event loop: what only its front-end can know."""
+    """Decides how long an AsyncImage may block the event loop; only its front-end knows that."""
 
     @property
     def ahead(self) -> int | None:
-        """Bytes to decode ahead of a sequential reader; None: as the cache's size suggests."""
+        """Bytes to decode ahead of a sequential reader; None: derived from the cache size."""
 
     def may_block(self, ns: float) -> bool:
-        """Whether the event loop may work for so many nanoseconds now, or wait for a disk: nobody else
-        wants anything of it.  What takes about as long as telling a thread is done anyway."""
+        """Whether the event loop may compute or wait for a disk for ``ns`` nanoseconds now, because
+        no other task needs it.  Not asked about work that takes about as long as a thread hop."""
 
 
 class Considerate:
-    """The Schedule of an image that shares its event loop with tasks that it knows nothing of."""
+    """The Schedule of an image whose event loop also runs unknown tasks: never permits blocking."""
 
     ahead: int | None = None
 
@@ -84,7 +84,7 @@ def open(
     cache_size: int = DEFAULT_CACHE_SIZE,
     access: Access | None = None,
 ) -> AbstractAsyncContextManager[AsyncImage]:
-    """Open an EROFS image for the time of an ``async with`` block.
+    """Open an EROFS image for an ``async with`` block.
 
     The arguments and errors are those of ``pyerofs.open``."""
     return open_scheduled(
@@ -102,7 +102,7 @@ async def open_scheduled(
     cache_size: int = DEFAULT_CACHE_SIZE,
     access: Access | None = None,
 ) -> AsyncIterator[AsyncImage]:
-    """The same for a front-end that knows when the image may hold the event loop."""
+    """``open`` with the Schedule of a front-end, which knows when the event loop may block."""
     access = access or Access()
     opened: list[AsyncSource] = []
     try:
@@ -115,7 +115,7 @@ async def open_scheduled(
                 await image.start()
                 yield image
             except BaseException as e:
-                failed = e  # raised below, where the nursery does not make a group of it
+                failed = e  # raised below, outside the nursery, which would wrap it in a group
             nursery.cancel_scope.cancel()
         if failed is not None:
             raise failed
@@ -126,7 +126,7 @@ async def open_scheduled(
 
 
 class Flight:
-    """Something that one task is getting and others wait for."""
+    """A single-flight operation: one task runs it, other tasks wait for its result."""
 
     __slots__ = ("done", "error", "result")
 
@@ -137,7 +137,7 @@ class Flight:
 
 
 class Pending:
-    """A read that has to wait."""
+    """The rest of a read that could not be answered from memory."""
 
     __slots__ = ("_rest",)
 
@@ -145,7 +145,7 @@ class Pending:
         self._rest = rest
 
     async def finish(self) -> Buffer:
-        """What was read.  Raises as ``read_data`` does."""
+        """Complete the read and return all its bytes.  Raises as ``read_data`` does."""
         return await self._rest()
 
 
@@ -164,14 +164,14 @@ class AsyncImage:
         cache_size: int = DEFAULT_CACHE_SIZE,
         schedule: Schedule = CONSIDERATE,
     ) -> None:
-        """``nursery``: for decoding ahead, in the background."""
+        """``nursery``: runs the background tasks that decode ahead."""
         self._sources = tuple(sources)
         self._nursery = nursery
         self._batches = 0
         self._may_block = schedule.may_block
         ahead = schedule.ahead
         self.ahead = min(AHEAD, cache_size // 8) if ahead is None else ahead
-        self.far = not self.local  # when it was opened
+        self.far = not self.local  # at opening; ``local`` may change later
         self._flights: dict[Hashable, Flight] = {}
         self.memory = FaultingMemory(
             [s.peek for s in sources],
@@ -199,7 +199,7 @@ class AsyncImage:
 
     @property
     def local(self) -> bool:
-        """Whether all bytes are on this machine, for now."""
+        """Whether all sources can be read without the network, at present."""
         return all(s.blocking is not None for s in self._sources)
 
     async def verify(self, *, rest: bool = True) -> None:
@@ -210,20 +210,21 @@ class AsyncImage:
                 await digested.verify()
 
     def status(self) -> list[dict[str, Any]]:
-        """What each source has to say of itself; see ``AsyncSource.status``."""
+        """The status of each source; see ``AsyncSource.status``."""
         return [s.status() for s in self._sources]
 
     # the page-fault loop ----------------------------------------------------------------
 
     async def call(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
-        """Call a parser function until nothing that it needs is missing."""
+        """Call a parser function; after each Fault, get the missing data and call it again."""
         try:
             return function(*args)
         except Fault as fault:
             return await self.resume(fault, function, *args)
 
     async def resume(self, fault: Fault, function: Callable[[*Ts], T], *args: *Ts) -> T:
-        """The same after a first call has ended with ``fault``."""
+        """Like ``call``, after a first call has raised ``fault``.  Raises ErofsError above
+        MAX_FAULTS or MAX_PINNED."""
         memory = self.memory
         pins: dict[object, Buffer] = {}
         pinned = 0
@@ -255,7 +256,7 @@ class AsyncImage:
         )
 
     async def _decoded(self, pcluster: Pcluster) -> Buffer:
-        """The decoded bytes of a pcluster; decoded once for all that want it."""
+        """The decoded bytes of a pcluster; tasks that want it at the same time share one decoding."""
         found = self.memory.pclusters.get(pcluster.key)
         if found is not None and len(found) >= pcluster.length:
             return found
@@ -275,12 +276,12 @@ class AsyncImage:
                 encoded = await self.call(memory.encoded, pcluster)
             elif source.blocking is None or (source.quick and self._may_block(QUICK_NS)):
                 encoded = await self._fetch(e.device, e.offset, e.length)
-            else:  # one trip to a thread for both
+            else:  # read and decode in one thread job
                 try:
                     return await trio.to_thread.run_sync(
                         self._read_and_decode, source.blocking, pcluster, limiter=self._decoders
                     )
-                except IntegrityError:  # a spoiled cache: what is not there is fetched anew
+                except IntegrityError:  # a damaged cache on disk: fetch the bytes again
                     encoded = await self._fetch(e.device, e.offset, e.length)
         except Fault:
             encoded = await self.call(memory.encoded, pcluster)
@@ -295,9 +296,11 @@ class AsyncImage:
         return self.memory.decode(pcluster, encoded)
 
     def decode_ahead(self, inode: Inode, offset: int, length: int) -> None:
-        """Start decoding a range in the background, in worker threads.  Best effort: what can't be
-        found out without waiting, what is too much for now, and what decodes faster than a thread
-        is told to do it are left out; errors are kept for whoever reads there."""
+        """Start decoding a range in worker threads; hint it to the sources.  Never waits or raises.
+
+        Best effort: it skips a range that can't be mapped from memory, pclusters of remote sources,
+        pclusters beyond MAX_BATCHES jobs, and pclusters that decode faster than a thread hop takes.
+        Errors are dropped; a later read of the range meets them again."""
         try:
             found = self._map(inode, offset, length)
         except (Fault, ErofsError):
@@ -329,17 +332,18 @@ class AsyncImage:
             self._start_batch(batch)
 
     async def will_need(self, inode: Inode, offset: int, length: int) -> None:
-        """Have the sources fetch the data of a range soon, as far as they do such things."""
+        """Hint to the sources that a range will be read soon; they may fetch it or do nothing.
+        Waits only for the metadata that maps the range."""
         self._hint(await self.call(self._map, inode, offset, length))
 
     def inode_needed(self, nid: int) -> None:
-        """The same for an inode itself."""
+        """Hint to the source that an inode will be read soon.  Never waits."""
         device, offset = self.volume.inode_position(nid)
         if device >= 0:
             self._sources[device].will_need(offset, INODE_SIZE)
 
     def _hint(self, found: list[Extent]) -> None:
-        """Tell the sources which ranges are wanted soon: one for each row of neighbours."""
+        """Hint the extents' ranges to the sources, one hint per run of adjacent ranges."""
         row: tuple[int, int, int] | None = None  # device, start, end
         for extent in found:
             if extent.kind not in (ENCODED, PLAIN) or extent.device < 0:
@@ -369,7 +373,7 @@ class AsyncImage:
                 assert source is not None
                 try:
                     flight.result = self._read_and_decode(source, pcluster)
-                except Exception:  # whatever a source raises: the reader that gets there sees it
+                except Exception:  # of any kind: a later read of the pcluster raises it again
                     continue
 
         try:
@@ -383,7 +387,8 @@ class AsyncImage:
     async def _once(
         self, key: Hashable, get: Callable[[], Awaitable[T]], enough: Callable[[T], bool]
     ) -> T:
-        """Run ``get`` unless another task does already; then share what that gets, if enough."""
+        """Single flight: if another task is running ``get`` for this key, wait for it; then raise
+        its ErofsError, or use its result if ``enough(result)``.  Otherwise run ``get``."""
         flights = self._flights
         while (flight := flights.get(key)) is not None:
             await flight.done.wait()
@@ -392,7 +397,7 @@ class AsyncImage:
             result: T = flight.result  # type: ignore[assignment]
             if result is not None and enough(result):
                 return result
-            # the other task was cancelled, or wanted less: our turn
+            # the other task was cancelled, or its result is too short: try again
         flight = flights[key] = Flight()
         try:
             result = await get()
@@ -418,11 +423,11 @@ class AsyncImage:
         return await self.call(tree.resolve, self.volume, tree.encode(path), follow_symlinks)
 
     async def child(self, parent: Inode, name: bytes) -> Inode | None:
-        """The inode of one entry of a directory, or None."""
+        """The inode of a directory's entry ``name``, or None if there is none."""
         return await self.call(tree.lookup, self.volume, parent, name)
 
     async def exists(self, path: Target, *, follow_symlinks: bool = True) -> bool:
-        """Whether there is anything at a path (False for dangling links)."""
+        """Whether a path exists (False for dangling links)."""
         try:
             await self.lookup(path, follow_symlinks=follow_symlinks)
         except (NotFound, NotADirectory, TooManySymlinks):
@@ -434,7 +439,7 @@ class AsyncImage:
         return tree.stat(self.volume, await self.lookup(path, follow_symlinks=follow_symlinks))
 
     async def readlink(self, path: Target) -> str:
-        """Where a symbolic link points.  Raises NotASymlink."""
+        """The target of a symbolic link.  Raises NotASymlink."""
         inode = await self.lookup(path, follow_symlinks=False)
         return tree.decode(await self.call(tree.link_target, self.volume, inode))
 
@@ -462,7 +467,8 @@ class AsyncImage:
         return await self.call(directory.block_entries, self.volume, parent, index, first)
 
     async def scandir(self, path: Target = "/") -> AsyncGenerator[Dirent, None]:
-        """The entries of a directory, one block at a time, without ``.`` and ``..``."""
+        """The entries of a directory, one block at a time, without ``.`` and ``..``.  Raises
+        NotADirectory."""
         inode = await self.lookup(path)
         if not inode.is_dir:
             raise NotADirectory(tree.shown(inode, path))
@@ -481,7 +487,7 @@ class AsyncImage:
         self, top: PathLike = "/"
     ) -> AsyncGenerator[tuple[str, list[tuple[str, Inode]], list[tuple[str, Inode]]], None]:
         """(path, directories, others) of each directory below ``top``, parents first; the lists
-        hold (name, Inode).  What the caller removes from the directories is not entered."""
+        hold (name, Inode).  Directories that the caller removes from the list are not entered."""
         start = await self.lookup(top)
         above = tree.decode(tree.encode(top))
         trail = tree.Trail(start)
@@ -507,7 +513,10 @@ class AsyncImage:
         return AsyncFile(self, inode)
 
     async def read(self, path: Target, offset: int = 0, length: int | None = None) -> bytes:
-        """``length`` bytes of a file at ``offset``, by default all; fewer only at its end."""
+        """``length`` bytes of a file at ``offset``, by default all; fewer only at its end.
+
+        At most 2 GiB at once (ErofsError).  Raises IsADirectory, NotAFile; ValueError for a
+        negative offset or length."""
         inode = await self.lookup(path)
         tree.require_file(inode, path)
         if length is None:
@@ -519,15 +528,16 @@ class AsyncImage:
     async def read_data(
         self, inode: Inode, offset: int, length: int, sparse: bool = False
     ) -> Buffer:
-        """Like ``read`` of an inode's data of any type, and without a copy where possible.
-        ``sparse``: what lies behind it is not likely to be read soon."""
+        """Like ``read``, for the data of an inode of any type, and without a copy where possible.
+        ``sparse``: the bytes that follow are unlikely to be read soon."""
         found = self.read_now(inode, offset, length, sparse)
         return await found.finish() if isinstance(found, Pending) else found
 
     def read_now(
         self, inode: Inode, offset: int, length: int, sparse: bool = False
     ) -> Buffer | Pending:
-        """The same where that takes no waiting; else what is left to do.  Raises ErofsError."""
+        """Like ``read_data`` if the data is in memory; otherwise a Pending.  Never waits.  Raises
+        ErofsError."""
         try:
             cuts = list(data.cuts(self.volume, inode, offset, length))
         except Fault as fault:
@@ -543,7 +553,7 @@ class AsyncImage:
     async def _map_and_read(
         self, fault: Fault, inode: Inode, offset: int, length: int, sparse: bool
     ) -> Buffer:
-        """Read after a fault in mapping the range."""
+        """Complete a read after mapping its range has raised ``fault``."""
 
         def cuts() -> list[data.Cut]:
             return list(data.cuts(self.volume, inode, offset, length))
@@ -558,7 +568,7 @@ class AsyncImage:
         parts: list[Buffer],
         sparse: bool,
     ) -> Buffer:
-        """Read after a fault in the piece that comes after ``parts``."""
+        """Complete a read after the piece that follows ``parts`` has raised ``fault``."""
         if len(parts) + 1 == len(cuts):
             parts.append(await self._piece(inode, *cuts[-1], sparse, fault))
             return data.joined(parts)
@@ -567,7 +577,7 @@ class AsyncImage:
     async def _read_cuts(
         self, inode: Inode, cuts: list[data.Cut], parts: list[Buffer], sparse: bool
     ) -> Buffer:
-        """Read what comes after ``parts``, several pieces at the same time."""
+        """Read the pieces that follow ``parts``, up to MAX_PIECES at the same time."""
         first = len(parts)
         parts += [b""] * (len(cuts) - first)
         todo = iter(range(first, len(cuts)))
@@ -599,7 +609,8 @@ class AsyncImage:
         sparse: bool,
         fault: Fault | None = None,
     ) -> Buffer:
-        """The asynchronous twin of ``data.piece``.  ``fault``: what that has ended with."""
+        """The asynchronous ``data.piece``.  ``fault``: raised by a first call of ``data.piece``, if
+        any."""
         if extent.kind == ENCODED:
             if isinstance(fault, NotDecoded):
                 wanted = fault.pcluster
@@ -619,7 +630,8 @@ class AsyncImage:
 
 
 async def run_all(function: Callable[[int], Awaitable[None]], numbers: Sequence[int]) -> None:
-    """Run ``function`` for each number at once; the first error is raised alone, not as a group."""
+    """Run ``function`` for all numbers concurrently.  The first ErofsError cancels the others and
+    is raised alone, not as a group."""
     failed: list[ErofsError] = []
 
     async def one(number: int) -> None:
@@ -637,9 +649,9 @@ async def run_all(function: Callable[[int], Awaitable[None]], numbers: Sequence[
 
 
 class AsyncFile:
-    """An open file of an AsyncImage: reads at a cursor or anywhere.
+    """An open file of an AsyncImage: reads at a cursor or at any offset.
 
-    Whoever reads on where the last read ended is a sequential reader: for it, what comes next is
+    A read that continues near the end of the last one is sequential: the data after it is then
     decoded ahead in worker threads."""
 
     __slots__ = ("_ahead", "_next", "image", "inode", "position", "sequential")
@@ -649,11 +661,11 @@ class AsyncFile:
         self.inode = inode
         self.position = 0
         self._next = 0
-        self._ahead = 0  # what comes next has been asked for up to here
-        self.sequential = True  # how it was read lately
+        self._ahead = 0  # read-ahead has been started up to here
+        self.sequential = True  # whether the last read was sequential
 
     def read_now(self, offset: int, length: int) -> Buffer | Pending:
-        """Like ``read_at`` where that takes no waiting; else what is left to do."""
+        """Like ``read_at`` if the data is in memory; otherwise a Pending.  Never waits."""
         self._foresee(offset, length)
         return self.image.read_now(self.inode, offset, length, not self.sequential)
 
@@ -665,7 +677,7 @@ class AsyncFile:
     def _foresee(self, offset: int, length: int) -> None:
         end = offset + length
         if offset != self._next:
-            # requests may be swapped, or left out where what comes next was there already
+            # requests may be reordered, or skip data that the reader has cached
             near = self._next - 2 * length <= offset <= max(self._next, self._ahead) + length
             if not near:
                 self._ahead = 0
@@ -684,7 +696,7 @@ class AsyncFile:
             self.image.decode_ahead(inode, start, self._ahead - start)
 
     async def read(self, length: int = -1) -> bytes:
-        """Up to ``length`` bytes at the cursor (all that is left by default), which moves on."""
+        """Up to ``length`` bytes at the cursor (default: all up to the end); advances the cursor."""
         if length < 0:
             length = max(self.inode.size - self.position, 0)
         found = bytes(await self.read_at(self.position, length))
@@ -692,7 +704,7 @@ class AsyncFile:
         return found
 
     def seek(self, position: int) -> None:
-        """Move the cursor.  Raises ValueError where that is negative."""
+        """Move the cursor.  Raises ValueError if ``position`` is negative."""
         if position < 0:
             raise ValueError(f"negative seek position {position}")
         self.position = position

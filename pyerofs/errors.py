@@ -7,24 +7,24 @@
           +-- DeviceMissing         a file lies on an extra device that was not given
           +-- NotFound              no such name                    (also a FileNotFoundError)
           +-- NotADirectory         a path goes through a file      (also a NotADirectoryError)
-          +-- IsADirectory          file data asked of a directory  (also an IsADirectoryError)
-          +-- NotASymlink           link target asked of another type
-          +-- NotAFile              file data asked of a fifo, socket or device
+          +-- IsADirectory          file data of a directory        (also an IsADirectoryError)
+          +-- NotASymlink           link target of something that is not a link
+          +-- NotAFile              file data of a fifo, socket or device
           +-- TooManySymlinks       more than 40 links in one path
           +-- NoSuchXattr           no extended attribute of that name
-          +-- SourceError           the bytes behind the image could not be had
+          +-- SourceError           the bytes behind the image could not be read
                +-- SourceNotFound   there is no such file           (also a FileNotFoundError)
-               +-- SourceDenied     it may not be read              (also a PermissionError)
+               +-- SourceDenied     no permission to read the file  (also a PermissionError)
                +-- SourceThroughFile   its path goes through a file (also a NotADirectoryError)
-               +-- TruncatedRead    the source ended before the bytes that were asked for
+               +-- TruncatedRead    the source ended before the requested bytes
                +-- IntegrityError   bytes that contradict a digest, a checksum or a dm-verity tree
                +-- ChangedError     the image changed on its server while it was being read
-               +-- RegistryError    a registry or an OCI layout lacks what was asked for
-               +-- AuthenticationError   a server refuses us, or our credentials
+               +-- RegistryError    a registry or an OCI layout lacks the requested item
+               +-- AuthenticationError   a server requires credentials, or rejects them
 
-Every message is one line that says what, where and, if something can be done, what to do.  Names and
-words in it may come from a hostile image or server; ``one_line`` makes them harmless to a terminal, and
-every ErofsError applies it to its message.
+Every message is one line: what failed, where and, if possible, a remedy.  A message may quote names
+and words from a hostile image or server; every ErofsError passes its message through ``one_line``,
+which makes it harmless to a terminal.
 
 This module imports nothing of the package.
 """
@@ -37,8 +37,8 @@ MAX_MESSAGE = 4000  # characters: more than any path and reason need, less than 
 
 
 def one_line(message: str) -> str:
-    """A message as one line of printable characters: control characters, line ends and lone surrogates
-    become escapes; the middle of what is longer than MAX_MESSAGE is left out."""
+    """A message as one line of printable characters: control characters, line ends and lone
+    surrogates become escapes; a message longer than MAX_MESSAGE loses its middle."""
     if len(message) > MAX_MESSAGE:
         half = MAX_MESSAGE // 2
         message = f"{message[:half]} [...] {message[-half:]}"
@@ -48,7 +48,8 @@ def one_line(message: str) -> str:
 
 
 class ErofsError(Exception):
-    """Base of all errors raised by pyerofs.  ``errno`` is what a file system call would answer."""
+    """Base of all errors raised by pyerofs.  ``errno``: the error of a corresponding file system
+    call."""
 
     errno: int | None = errno.EIO
 
@@ -153,7 +154,7 @@ class SourceError(ErofsError):
 
 
 class _OfAFile(OSError):
-    """What a SourceError needs to be the builtin error about a file, too."""
+    """Makes a SourceError also the builtin OSError about a file."""
 
     def __init__(self, message: str = "", filename: str | None = None) -> None:
         OSError.__init__(self, type(self).errno, one_line(message))
@@ -173,13 +174,13 @@ class SourceNotFound(_OfAFile, SourceError, FileNotFoundError):
 
 
 class SourceDenied(_OfAFile, SourceError, PermissionError):
-    """The file may not be read."""
+    """There is no permission to read the file."""
 
     errno = errno.EACCES
 
 
 class SourceThroughFile(_OfAFile, SourceError, NotADirectoryError):
-    """The path goes through something that is no directory."""
+    """The path goes through something that is not a directory."""
 
     errno = errno.ENOTDIR
 
@@ -192,27 +193,27 @@ _OF_FILES: dict[type[OSError], type[SourceError]] = {
 
 
 def file_error(e: OSError, name: str) -> SourceError:
-    """What the failure to open a file means."""
+    """The SourceError for an OSError that opening the file ``name`` has raised."""
     kind = _OF_FILES.get(type(e))
     message = f"{name}: {e.strerror}"
     return SourceError(message) if kind is None else kind(message, name)  # type: ignore[call-arg]
 
 
 class TruncatedRead(SourceError):
-    """A source ended before the bytes that were asked for."""
+    """A source ended before the requested bytes."""
 
 
 class IntegrityError(SourceError):
-    """Bytes are not those that a digest, checksum or hash tree says they must be."""
+    """Bytes do not match their digest, checksum or hash tree."""
 
 
 class ChangedError(SourceError):
-    """What a URL leads to is no longer what it was when the image was opened."""
+    """The content behind a URL has changed since the image was opened."""
 
 
 class RegistryError(SourceError):
-    """A registry, index or manifest has not got what was asked for, or makes no sense."""
+    """A registry, index or manifest lacks the requested item, or is invalid."""
 
 
 class AuthenticationError(SourceError):
-    """A server asks for credentials, or refuses those it got."""
+    """A server requires credentials, or rejects those that were sent."""

@@ -20,7 +20,7 @@ from pyerofs.image import BUFFER_SIZE, DirEntry, ErofsFile
 
 
 class _File(io.BufferedReader):
-    """A file as fsspec wants it: with its size."""
+    """A buffered file with the attribute ``size``, which fsspec expects."""
 
     def __init__(self, raw: ErofsFile) -> None:
         tree.require_file(raw.inode, raw.inode)
@@ -56,13 +56,13 @@ class ErofsFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
-        """A path as fsspec's own methods compare and join it: with no slash in front."""
+        """A path without a leading slash, the form that fsspec's own methods compare and join."""
         if isinstance(path, list):
             return [cls._strip_protocol(p) for p in path]
         return super()._strip_protocol(path).lstrip("/")
 
     def close(self) -> None:
-        """Close the image and what it was read from."""
+        """Close the image and the file that it was read from."""
         self._image.close()
         if self._opened is not None:
             self._opened.close()
@@ -73,7 +73,7 @@ class ErofsFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
         return self._describe(path, self._image.lookup(path, follow_symlinks=False))
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
-        """The entries of a directory (or the one file there)."""
+        """The entries of a directory, or the file itself if the path is not a directory."""
         path = self._strip_protocol(path).strip("/")
         inode = self._image.lookup(path)
         if not inode.is_dir:

@@ -1,6 +1,6 @@
-"""The synchronous API: open an image, look around, read.
+"""The synchronous API: open an image, inspect it, read files.
 
-Thread-safe: any number of threads may use one Image.  Nothing is written, ever.
+Thread-safe: any number of threads may use one Image.  Nothing is ever written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pyerofs.sources.base import Source, VerifiableSource
 from pyerofs.sources.open import Openable, open_sources
 from pyerofs.sources.spec import Access
 
-Target: TypeAlias = PathLike | Inode  # wherever a path is taken, an Inode will do
+Target: TypeAlias = PathLike | Inode  # an Inode is accepted wherever a path is
 
 T = TypeVar("T")
 
@@ -40,13 +40,13 @@ def open(
     """Open an EROFS image.
 
     ``what`` is a path (regular file or block device), a URL (``https://…``), a layer in a registry
-    (``oci://REFERENCE``) or an OCI layout (``oci-layout:DIR``), a SourceSpec, a seekable binary file
-    object (not closed), or a Source (closed with the image).  The image starts at byte ``offset`` of
-    it.  ``devices`` are the image's extra devices, in the order of its device table.  ``cache_size``
-    bounds, in bytes, what is kept in memory of metadata and decoded data.  ``access`` says how remote
-    ones are got at: password, timeout, the cache on disk.
+    (``oci://REFERENCE``) or an OCI layout (``oci-layout:DIR``), a SourceSpec, a seekable binary
+    file object (not closed), or a Source (closed with the image).  The image starts at byte
+    ``offset`` of ``what``.  ``devices``: the image's extra devices, in the order of its device
+    table.  ``cache_size``: bytes of metadata and decoded data to cache in memory.  ``access``: how
+    to access remote sources: password, timeout, the cache on disk.
 
-    Raises SourceError, CorruptImage, UnsupportedFeature."""
+    Raises SourceError, CorruptImage, UnsupportedFeature; ErofsError for a wrong number of devices."""
     sources = open_sources(what, offset, devices, access)
     try:
         return Image(sources, cache_size)
@@ -70,12 +70,12 @@ class DirEntry:
 
     @property
     def path(self) -> str:
-        """Where it is: below what was listed."""
+        """The entry's path, below the path that was listed."""
         return f"{self._parent.rstrip('/')}/{self.name}"
 
     @property
     def inode(self) -> Inode:
-        """The entry's inode (never that of what a link points to)."""
+        """The entry's own inode; links are not followed."""
         if self._inode is None:
             self._inode = self._image.inode(self.dirent.nid)
         return self._inode
@@ -103,9 +103,9 @@ class DirEntry:
 class Image:
     """An open EROFS image.  Made by ``pyerofs.open``.
 
-    Paths are str, bytes or os.PathLike; a leading ``/`` is optional; everywhere a path is taken, an
-    Inode will do.  Names come back as str with undecodable bytes as surrogate escapes.  All methods
-    block, and raise CorruptImage or SourceError where the image or its source is at fault."""
+    Paths are str, bytes or os.PathLike; a leading ``/`` is optional; an Inode is accepted wherever
+    a path is.  Names are returned as str, with undecodable bytes as surrogate escapes.  All methods
+    block; they raise CorruptImage or SourceError if the image or its source is at fault."""
 
     def __init__(self, sources: Sequence[Source], cache_size: int = DEFAULT_CACHE_SIZE) -> None:
         self._sources = tuple(sources)
@@ -118,17 +118,16 @@ class Image:
 
     @property
     def superblock(self) -> superblock.Superblock:
-        """What the superblock says: block size, features, label, times, devices …"""
+        """The decoded superblock: block size, features, label, times, devices …"""
         return self.volume.sb
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether the image is closed."""
         return self._closed
 
     def close(self) -> None:
-        """Close what the image is read from.  Idempotent.  What is asked of it afterwards raises
-        ValueError."""
+        """Close the image's sources.  Idempotent.  Later reads raise ValueError."""
         self._closed = True
         if hasattr(self, "volume"):
             self.volume.memory = cast(BlockingMemory, _Closed())
@@ -137,11 +136,12 @@ class Image:
             source.close()
 
     def verify(self, *, rest: bool = True) -> None:
-        """Check the digests of the blobs that the image is read from; those of registries and OCI
-        layouts have one, local files and URLs have not, and are passed over.
+        """Check the digests of the image's blobs.  Blobs of registries and OCI layouts have
+        digests; local files and URLs have none and are skipped.
 
-        Blocks until all of them are fetched; without ``rest``, only those are checked that are there
-        already.  Raises IntegrityError where one is wrong: nothing that was read can be trusted."""
+        Blocks until all blobs are fetched; with ``rest=False``, checks only those that are complete
+        already.  Raises IntegrityError if a digest does not match: then no data read so far can be
+        trusted."""
         for source in self._sources:
             if isinstance(source, VerifiableSource) and (rest or source.whole):
                 source.verify()
@@ -169,7 +169,7 @@ class Image:
         return tree.resolve(self.volume, tree.encode(path), follow_symlinks)
 
     def exists(self, path: Target, *, follow_symlinks: bool = True) -> bool:
-        """Whether there is anything at a path (False for dangling links)."""
+        """Whether a path exists (False for dangling links)."""
         try:
             self.lookup(path, follow_symlinks=follow_symlinks)
         except (NotFound, NotADirectory, TooManySymlinks):
@@ -181,7 +181,7 @@ class Image:
         return tree.stat(self.volume, self.lookup(path, follow_symlinks=follow_symlinks))
 
     def readlink(self, path: Target) -> str:
-        """Where a symbolic link points.  Raises NotASymlink."""
+        """The target of a symbolic link.  Raises NotASymlink."""
         inode = self.lookup(path, follow_symlinks=False)
         return tree.decode(tree.link_target(self.volume, inode))
 
@@ -200,7 +200,8 @@ class Image:
     # directories ------------------------------------------------------------------------
 
     def scandir(self, path: Target = "/") -> Iterator[DirEntry]:
-        """The entries of a directory, one block at a time, in the image's (byte) order."""
+        """The entries of a directory, one block at a time, in the image's (byte) order.  Raises
+        NotADirectory."""
         parent = "" if isinstance(path, Inode) else tree.decode(tree.encode(path))
         inode = self.lookup(path)
         if not inode.is_dir:
@@ -220,8 +221,8 @@ class Image:
     def walk(self, top: PathLike = "/") -> Iterator[tuple[str, list[DirEntry], list[DirEntry]]]:
         """(path, directories, others) of each directory below ``top``, parents first.
 
-        Like os.walk, with DirEntries: what the caller removes from the list of directories is not
-        entered.  A directory that contains itself (a hostile image) raises CorruptImage."""
+        Like os.walk, with DirEntries: directories that the caller removes from the list are not
+        entered.  Raises CorruptImage if a directory contains itself (a hostile image)."""
         above = tree.decode(tree.encode(top))
         trail = tree.Trail(self.lookup(top))
         while (step := trail.next()) is not None:
@@ -244,7 +245,8 @@ class Image:
     def read(self, path: Target, offset: int = 0, length: int | None = None) -> bytes:
         """``length`` bytes of a file at ``offset``, by default all; fewer only at its end.
 
-        At most 2 GiB at once (ErofsError)."""
+        At most 2 GiB at once (ErofsError).  Raises IsADirectory, NotAFile; ValueError for a
+        negative offset or length."""
         inode = self._file(path)
         if length is None:
             length = inode.size
@@ -264,7 +266,7 @@ class Image:
 
 
 class _Reader(io.BufferedReader):
-    """A buffered file that iteration, too, finds closed with its image."""
+    """A buffered file whose iteration, too, fails once its image is closed."""
 
     def __next__(self) -> bytes:
         if self.closed:
@@ -273,7 +275,7 @@ class _Reader(io.BufferedReader):
 
 
 class _Closed:
-    """The memory of a closed image."""
+    """The memory of a closed image: any use raises ValueError."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise ValueError("the image is closed")

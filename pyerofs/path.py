@@ -4,7 +4,7 @@
     for conf in (root / "etc").glob("*.conf"):
         print(conf, conf.read_text())
 
-It offers what ``importlib.resources.abc.Traversable`` asks for, and the reading half of pathlib.
+It implements ``importlib.resources.abc.Traversable`` and the reading half of pathlib.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Path:
         return self.joinpath(name)
 
     def joinpath(self, *names: str) -> Path:
-        """This path followed by others; an absolute one starts anew at the image's root."""
+        """This path followed by others; an absolute one restarts at the image's root."""
         return Path(self.image, posixpath.join(self._path, *names))
 
     @property
@@ -83,7 +83,7 @@ class Path:
 
     @property
     def parents(self) -> tuple[Path, ...]:
-        """All paths above, the nearest first."""
+        """All ancestors, the nearest first."""
         found = []
         here = self
         while here._path != "/":
@@ -92,7 +92,7 @@ class Path:
         return tuple(found)
 
     def relative_to(self, other: Path) -> str:
-        """This path as seen from one above it.  Raises ValueError where it is not below."""
+        """This path relative to ``other``.  Raises ValueError if ``other`` is no ancestor."""
         base = other._path.rstrip("/") + "/"
         if self == other:
             return "."
@@ -110,18 +110,18 @@ class Path:
             fnmatch.fnmatchcase(h, w) for h, w in zip(have[-len(wanted) :], wanted, strict=True)
         )
 
-    # what is there ----------------------------------------------------------------------
+    # inodes -----------------------------------------------------------------------------
 
     def inode(self, *, follow_symlinks: bool = True) -> Inode:
-        """The inode there.  Raises NotFound and its kin."""
+        """The inode at this path.  Raises NotFound, NotADirectory, TooManySymlinks."""
         return self.image.lookup(self._path, follow_symlinks=follow_symlinks)
 
     def stat(self, *, follow_symlinks: bool = True) -> Stat:
-        """Stat, as the kernel's driver shows it."""
+        """Stat of the inode at this path, as the kernel's driver shows it."""
         return self.image.stat(self._path, follow_symlinks=follow_symlinks)
 
     def lstat(self) -> Stat:
-        """Stat of a link itself."""
+        """Like ``stat``, but does not follow a link."""
         return self.stat(follow_symlinks=False)
 
     def exists(self) -> bool:
@@ -141,18 +141,18 @@ class Path:
             return bool(getattr(self.inode(follow_symlinks=follow), what))
         except OSError as e:
             if isinstance(e, ErofsError):
-                return False  # nothing there, or a link to nothing
+                return False  # no such path, or a dangling link
             raise
 
     def readlink(self) -> str:
-        """Where a link points."""
+        """The target of a symbolic link.  Raises NotASymlink."""
         return self.image.readlink(self._path)
 
     def resolve(self) -> Path:
-        """The path with all links followed.  Raises NotFound where it leads nowhere."""
+        """The path with all links followed.  Raises NotFound if a component is missing."""
         here: list[str] = []
         todo = self._path.strip("/").split("/")[::-1]
-        self.inode()  # finds loops and missing parts
+        self.inode()  # raises for loops and missing components
         while todo:
             name = todo.pop()
             if name in ("", "."):

@@ -1,6 +1,6 @@
-"""What a mount will need before anybody asks for it: metadata, and what an earlier run has touched.
+"""Prefetch for remote images: metadata, and the files that an earlier mount opened.
 
-All of this is done by hints to the sources, which fetch when no reader waits for something else.
+Prefetching only sends hints to the sources, which fetch while no reader is waiting for data.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from pyerofs.sources.base import SEGMENT_BITS, AsyncSource
 
 log = logging.getLogger("pyerofs")
 
-MIN_BUDGET = 64  # pieces of 1 MiB that metadata may take …
-BUDGET_SHARE = 8  # … or an eighth of the image: in some images it is scattered over everything
-CACHE_SIZE = 8 << 20  # memory for looking through an image that others will read
+MIN_BUDGET = 64  # pieces of 1 MiB to fetch for metadata, at most …
+BUDGET_SHARE = 8  # … or an eighth of the image, if more: some images scatter metadata everywhere
+CACHE_SIZE = 8 << 20  # bytes of memory for walking an image in ``prefetch_metadata_of``
 
 
 async def prefetch_metadata(image: AsyncImage) -> None:
-    """Have the inodes and directories fetched, those near the root first.  Logs errors."""
+    """Have inodes and directories fetched, those near the root first.  Waits for the directories
+    that it walks through.  Logs errors."""
     try:
         metabox = image.volume.metabox
         if metabox is not None:
@@ -38,7 +39,8 @@ async def prefetch_metadata(image: AsyncImage) -> None:
 
 
 async def prefetch_metadata_of(sources: Sequence[AsyncSource]) -> None:
-    """The same for those who only hand on bytes, and don't mind if these are no EROFS image."""
+    """``prefetch_metadata`` for front-ends that export bytes and have no AsyncImage.  Logs errors,
+    also if the sources are not an EROFS image.  Does nothing if all sources are local."""
     if all(source.blocking is not None for source in sources):
         return
     async with trio.open_nursery() as nursery:
@@ -79,7 +81,7 @@ async def _walk(image: AsyncImage) -> None:
 
 
 async def prefetch_paths(image: AsyncImage, paths: Iterable[str]) -> None:
-    """Have the data of files fetched, in this order.  What is not there is left out."""
+    """Have the data of files fetched, in this order.  Paths that fail are logged and skipped."""
     for path in paths:
         try:
             inode = await image.lookup(path)
@@ -90,7 +92,8 @@ async def prefetch_paths(image: AsyncImage, paths: Iterable[str]) -> None:
 
 
 async def paths_of(image: AsyncImage, nids: Collection[int]) -> list[str]:
-    """Where inodes are found in the tree, in the order of ``nids``.  Raises ErofsError."""
+    """A path of each inode, in the order of ``nids``; inodes not in the tree are left out.  Walks
+    the tree.  Raises ErofsError."""
     wanted = set(nids)
     found: dict[int, str] = {}
     trail = tree.Trail(image.root)

@@ -1,4 +1,4 @@
-"""Sizes as people write and read them."""
+"""Parse and format human-readable sizes."""
 
 from __future__ import annotations
 
