@@ -1,2 +1,2 @@
-"""What pyerofs needs of the machine that it runs on: daemons, private directories, standard streams,
-progress bars, the status files of live mounts.  Knows neither EROFS nor sources."""
+"""Operating system support: daemons, private directories, standard streams, progress bars, the
+status files of live mounts.  Independent of EROFS and of sources."""

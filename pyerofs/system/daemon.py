@@ -1,4 +1,4 @@
-"""Leave a daemon behind, and tell the caller how it went.
+"""Start a daemon, and tell the calling process whether it started.
 
 ``fork`` splits the process before any thread or event loop exists.  The child does the work and
 reports through a pipe; the parent waits for that report and exits with it, so that the command
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 
 class Report(Protocol):
-    """Told once, as soon as it is known, whether the work can start."""
+    """Receives exactly one report: whether the daemon has started."""
 
     def ready(self) -> None:
-        """All is well."""
+        """Report success."""
 
     def failed(self, message: str) -> NoReturn:
-        """It can't; ends the process."""
+        """Report a failure; ends the process."""
 
     def leave(self) -> None:
-        """Called by a process that was forked from the one that reports."""
+        """Give up reporting.  Called in a process that was forked from the reporting one."""
 
 
 class Foreground:
-    """A report for a process that stays where it is."""
+    """The Report of a process that stays in the foreground: failures go to stderr."""
 
     def __init__(self, command: str) -> None:
-        """``command``: what messages start with."""
+        """``command``: the prefix of messages."""
         self._command = command
 
     def ready(self) -> None:
@@ -52,7 +52,7 @@ class Foreground:
 
 
 class Background:
-    """The child's end of the pipe."""
+    """The Report of a forked child, sent through a pipe to its parent."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -73,7 +73,7 @@ class Background:
 
 
 def _detach() -> None:
-    """Let go of the terminal."""
+    """Redirect the standard streams to /dev/null."""
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
@@ -82,10 +82,10 @@ def _detach() -> None:
 
 
 def fork(command: str) -> Background:
-    """Go on in a child, in a session of its own; the parent never returns from here.
+    """Continue in a child process, in a session of its own; never returns in the parent.
 
-    The child closes what its caller left open, which may hold locks or keep a pipe's reader waiting:
-    all descriptors but the standard ones and those that the command line names (/dev/fd/N)."""
+    The child closes inherited descriptors, which may hold locks or keep the reader of a pipe
+    waiting: all except the standard ones and those that the command line names (/dev/fd/N)."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child:
@@ -104,11 +104,11 @@ def _close_inherited(keep: int) -> None:
             try:
                 os.close(fd)
             except OSError:
-                pass  # the one that listed them
+                pass  # the descriptor of the listing itself
 
 
 def _named(fd: int) -> bool:
-    """Whether an argument is, or holds, the path of a descriptor."""
+    """Whether a command line argument contains the path of a descriptor."""
     path = re.compile(rf"(?:/dev|/proc/(?:self|{os.getpid()}|{os.getppid()}))/fd/{fd}\b")
     return any(path.search(word) for word in sys.argv)
 
@@ -126,12 +126,12 @@ def _wait(fd: int, child: int, command: str) -> NoReturn:
     os._exit(1)
 
 
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what is to end a daemon
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # signals that end a daemon
 
 
 def heeded(*signals: signal.Signals) -> tuple[signal.Signals, ...]:
-    """Those of some signals that end this process.  One that was ignored at its start stays ignored, as
-    nohup and shells want it for what they start in the background; SIGTERM never is."""
+    """The given signals that are to end this process.  A signal that was ignored at start stays
+    ignored, as nohup and shells expect of background processes; SIGTERM is never ignored."""
     return tuple(
         number
         for number in signals
@@ -140,7 +140,7 @@ def heeded(*signals: signal.Signals) -> tuple[signal.Signals, ...]:
 
 
 def ask_password(question: str) -> str | None:
-    """Ask on the terminal; None where there is none.  Before ``fork``."""
+    """Ask for a password on the terminal; None if stdin is not a terminal.  Call before ``fork``."""
     if not sys.stdin.isatty():
         return None
     import getpass
@@ -149,8 +149,8 @@ def ask_password(question: str) -> str | None:
 
 
 def access_to(words: SourceWords) -> Access:
-    """``words.access`` for a command: asks on the terminal, and leaves no secret to be seen by others.
-    Raises SourceError."""
+    """``words.access`` for a command: asks on the terminal, and hides secrets from the process's
+    command line and environment.  Raises SourceError."""
     access = words.access(ask_password)
     for secret in (words.password, words.environment):
         if secret:
@@ -159,8 +159,8 @@ def access_to(words: SourceWords) -> Access:
 
 
 def hide(secret: str) -> None:
-    """Overwrite a secret in what this process shows as its command line and environment.  Best effort:
-    others may have seen it before."""
+    """Overwrite a secret in the command line and environment that this process exposes in /proc.
+    Best effort: other processes may have read it before."""
     import ctypes
 
     try:
@@ -179,7 +179,7 @@ def hide(secret: str) -> None:
 
 
 class OneLine(logging.Formatter):
-    """Formats records so that no name or word in them reaches a terminal or journal unescaped."""
+    """Escapes log messages, so that no name in them reaches a terminal or journal unescaped."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = one_line(record.message)
@@ -189,8 +189,8 @@ class OneLine(logging.Formatter):
 def start_logging(
     command: str, *, foreground: bool, debug: int, log_file: str | None = None
 ) -> None:
-    """Log to a file, to stderr in the foreground, else to syslog (which the journal reads) if there is
-    one.  Raises OSError where the file can't be opened."""
+    """Log to ``log_file``, else in the foreground to stderr, else to syslog (which the journal
+    reads) if there is one.  Raises OSError if the file can't be opened."""
     level = logging.DEBUG if debug >= 3 else logging.INFO if debug else logging.WARNING
     handler: logging.Handler
     if log_file is not None:
@@ -208,7 +208,7 @@ def start_logging(
                 handler = SysLogHandler("/dev/log", SysLogHandler.LOG_DAEMON)
                 handler.setFormatter(OneLine(f"{command}[%(process)d]: %(message)s"))
             except OSError:
-                pass  # a socket that nobody listens on
+                pass  # a socket without a listener
     logging.basicConfig(level=level, handlers=[handler])
     for name in ("httpx", "httpcore"):  # they log whole URLs and headers: signatures, tokens
         logging.getLogger(name).setLevel(max(level, logging.WARNING))

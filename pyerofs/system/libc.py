@@ -1,4 +1,4 @@
-"""Calls of the C library and system calls that Python has no functions for."""
+"""Functions of the C library and system calls that Python does not provide."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SYS_CACHESTAT = 451  # the same on all architectures
 
 
 def _call(name: str, *arguments: object) -> None:
-    """Call a function that returns 0 or sets errno; other threads run meanwhile.  Raises OSError."""
+    """Call a function that returns 0 or sets errno; releases the GIL.  Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     if getattr(libc, name)(*arguments):
         number = ctypes.get_errno()
@@ -37,10 +37,9 @@ def unmount(where: str) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have the allocator keep up to 256 MiB of what is freed.  Does nothing with other C libraries than
-    glibc.
+    """Let glibc's allocator keep up to 256 MiB of freed memory.  No effect with other C libraries.
 
-    A process that decodes much would otherwise return each pcluster's memory to the kernel and take a
+    Otherwise a process that decodes much returns each pcluster's memory to the kernel and takes a
     page fault for each page of the next, which can take as long as decoding LZ4."""
     try:
         libc = ctypes.CDLL(None)
@@ -61,17 +60,17 @@ class _Counts(ctypes.Structure):
 
 
 class CacheStat:
-    """cachestat(2), Linux 6.5, with its arguments made once.  Not for several threads."""
+    """cachestat(2), Linux 6.5, with preallocated arguments.  Not thread-safe."""
 
     def __init__(self) -> None:
-        """Raises OSError or AttributeError where there is no such C library."""
+        """Raises OSError or AttributeError if the C library has no syscall(2)."""
         self._syscall = ctypes.CDLL(None).syscall
         self._range = _Range()
         self._counts = _Counts()
         self._arguments = ctypes.byref(self._range), ctypes.byref(self._counts)
 
     def cached(self, fd: int, offset: int, length: int) -> int | None:
-        """How many pages of a range are in the page cache; None where the kernel does not tell."""
+        """The number of a range's pages in the page cache; None if the kernel can't tell."""
         self._range.offset, self._range.length = offset, length
         if self._syscall(SYS_CACHESTAT, fd, *self._arguments, 0):
             return None

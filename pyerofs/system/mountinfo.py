@@ -19,7 +19,7 @@ class Mount:
 
 
 def mounts(pid: int | str = "self") -> list[Mount]:
-    """All mounts in the namespace of a process, in the order of mounting; none where that can't be
+    """All mounts in the namespace of a process, in the order of mounting; [] if mountinfo can't be
     read."""
     try:
         with open(f"/proc/{pid}/mountinfo", errors="surrogateescape") as f:
@@ -29,23 +29,23 @@ def mounts(pid: int | str = "self") -> list[Mount]:
 
 
 def topmost(where: str) -> Mount | None:
-    """What is mounted at a place; the mount that hides others there."""
+    """The mount at a mount point that hides any others there; None if there is none."""
     return next((mount for mount in reversed(mounts()) if mount.where == where), None)
 
 
 def of_file(fd: int) -> Mount | None:
-    """A mount of the file system that an open file is on."""
+    """A mount of the file system that an open file is on; None if there is none."""
     number = os.fstat(fd).st_dev
     device = f"{os.major(number)}:{os.minor(number)}"
     return next((mount for mount in mounts() if mount.device == device), None)
 
 
 def parse(text: str) -> list[Mount]:
-    """The mounts that a mountinfo file lists.  Lines without its form are left out."""
+    """The mounts that a mountinfo file lists.  Malformed lines are skipped."""
     found = []
     for line in text.splitlines():
         fields = line.split(" ")
-        if "-" not in fields[6:]:  # optional fields end there
+        if "-" not in fields[6:]:  # "-" ends the optional fields
             continue
         at = fields.index("-", 6)
         if len(fields) < at + 4:
@@ -57,7 +57,7 @@ def parse(text: str) -> list[Mount]:
 
 
 def unescape(field: str) -> str:
-    """A field as it was before the kernel wrote its blanks and backslashes in octal."""
+    """A field without the kernel's octal escapes for blanks and backslashes."""
     return os.fsdecode(
         re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8) & 255]), os.fsencode(field))
     )

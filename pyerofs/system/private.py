@@ -1,8 +1,7 @@
-"""Directories that only their owner can change, and the files in them.
+"""Directories that only their owner can write to, and the files in them.
 
-What other users of this machine may have planted is found here: every name is opened relative to a
-directory that is open already, never through a link, and what was opened is checked to be of the right
-type and owner before it is used.
+Guards against files planted by other users of this machine: every name is opened relative to an
+open directory, never through a link, and the opened file's type and owner are checked before use.
 """
 
 from __future__ import annotations
@@ -18,19 +17,20 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Untrusted(OSError):
-    """Somebody else's file or directory, or one that others can change."""
+    """A file or directory of another user, of the wrong type, or that other users can write to."""
 
     def __init__(self, why: str, name: str) -> None:
         super().__init__(errno.EPERM, why, name)
 
 
 class PrivateDirectory:
-    """An open directory of one owner.  Methods block and raise OSError; Untrusted for what is not ours.
+    """An open directory that only ``owner`` can write to.
 
-    The descriptor is closed with the object."""
+    Methods block and raise OSError; Untrusted for a file or directory that fails the checks.  The
+    descriptor is closed with the object."""
 
     def __init__(self, fd: int, path: str, owner: int) -> None:
-        """Takes over ``fd``.  ``path``: for messages.  Raises Untrusted."""
+        """Takes ownership of ``fd``.  ``path``: for messages.  Raises Untrusted."""
         self.fd = fd
         self.path = path
         self.owner = owner
@@ -44,9 +44,9 @@ class PrivateDirectory:
     def open(
         cls, path: str, *, create: bool = True, owner: int | None = None, links: bool = False
     ) -> PrivateDirectory:
-        """The directory of ``owner`` (by default us) at a path, made with mode 0700 where it is missing
-        and ``create`` says so.  A link at the path's end is followed only with ``links``, and where it
-        belongs to the owner."""
+        """Open the directory of ``owner`` (default: the effective user) at a path.  ``create``:
+        make a missing one, with mode 0700.  A link at the path's end is followed only if ``links``
+        is set and the link belongs to the owner."""
         owner = os.geteuid() if owner is None else owner
         if create:
             os.makedirs(os.path.dirname(path) or "/", exist_ok=True)
@@ -64,7 +64,8 @@ class PrivateDirectory:
         return PrivateDirectory(os.dup(self.fd), self.path, self.owner)
 
     def subdirectory(self, name: str, *, create: bool = True) -> PrivateDirectory:
-        """A directory in this one, of the same owner; never through a link."""
+        """Open a directory in this one, of the same owner, never through a link.  ``create``: make
+        a missing one, with mode 0700."""
         if create:
             _make(name, self.fd)
         path = os.path.join(self.path, name)
@@ -72,7 +73,8 @@ class PrivateDirectory:
         return PrivateDirectory(fd, path, self.owner)
 
     def open_file(self, name: str, flags: int) -> int:
-        """The descriptor of a regular file in it, made with mode 0600 where ``flags`` say O_CREAT.
+        """Open a regular file; returns its descriptor.  With O_CREAT a missing file is made, with
+        mode 0600.
 
         Never waits, as opening a fifo would."""
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -94,17 +96,17 @@ class PrivateDirectory:
         return fd
 
     def names(self) -> list[str]:
-        """The names in it, in no order."""
+        """The names in the directory, unsorted."""
         return os.listdir(self.fd)
 
     def read(self, name: str, limit: int) -> bytes:
-        """At most ``limit`` bytes of a file in it."""
+        """The content of a file, at most ``limit`` bytes."""
         fd = self.open_file(name, os.O_RDONLY)
         with open(fd, "rb") as f:
             return f.read(limit)
 
     def write(self, name: str, data: bytes) -> None:
-        """Make or replace a file in it: as a whole, or not at all."""
+        """Create or replace a file atomically."""
         temporary = f".new-{secrets.token_hex(8)}"
         fd = self.open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
@@ -116,11 +118,11 @@ class PrivateDirectory:
             raise
 
     def rename(self, name: str, to: PrivateDirectory, new_name: str) -> None:
-        """Move a file, over one that exists."""
+        """Move a file, replacing an existing one."""
         os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=to.fd)
 
     def unlink(self, name: str) -> bool:
-        """Remove a name; whether it was there.  Links are removed, not followed."""
+        """Remove a name; returns whether it existed.  Links are removed, not followed."""
         try:
             os.unlink(name, dir_fd=self.fd)
         except FileNotFoundError:
@@ -128,7 +130,7 @@ class PrivateDirectory:
         return True
 
     def leads_to(self, name: str, fd: int) -> bool:
-        """Whether a name is that of the file that is open as ``fd``."""
+        """Whether a name refers to the file that is open as ``fd``.  Links are not followed."""
         try:
             found = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
         except OSError:
@@ -136,7 +138,7 @@ class PrivateDirectory:
         return os.path.samestat(found, os.fstat(fd))
 
     def unlink_same(self, name: str, fd: int) -> None:
-        """Remove a name if it still leads to the file that is open as ``fd``.  Best effort."""
+        """Remove a name if it still refers to the file that is open as ``fd``.  Best effort."""
         try:
             if self.leads_to(name, fd):
                 os.unlink(name, dir_fd=self.fd)
@@ -144,10 +146,10 @@ class PrivateDirectory:
             pass
 
     def temporary(self) -> int:
-        """The descriptor of a new file without a name."""
+        """Create a file without a name; returns its descriptor."""
         try:
             return os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
-        except OSError:  # not every file system can do that
+        except OSError:  # not every file system supports O_TMPFILE
             name = f".new-{secrets.token_hex(8)}"
             fd = self.open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             self.unlink(name)
@@ -170,7 +172,7 @@ def _make(name: str, parent: int | None) -> None:
 
 
 def _check(status: os.stat_result, owner: int, path: str) -> None:
-    """Raise Untrusted unless only the owner can change something."""
+    """Raise Untrusted unless ``owner`` owns the file and is the only one with write permission."""
     if status.st_uid != owner:
         raise Untrusted(f"belongs to uid {status.st_uid}, not to {owner}", path)
     if status.st_mode & _OTHERS_WRITE:

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, for where a person waits."""
+"""Progress bars on stderr, for interactive use."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import time
 
 
 class Download:
-    """Shows that opening waits for a download."""
+    """The progress bar of a download for which opening an image waits."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
         self._done = 0
 
     def show(self, what: str, done: int, total: int) -> None:
-        """``what`` is at ``done`` of ``total`` bytes (0: nobody knows)."""
+        """``what`` is at ``done`` of ``total`` bytes (0: unknown)."""
         if self._bar is None:
             self._bar = Progress(f"fetching {what}", total)
         self._bar.advance(done - self._done)
@@ -26,7 +26,7 @@ class Download:
 
 
 class Progress:
-    """A bar on stderr, only where that is a terminal, at most ten times a second."""
+    """A bar on stderr, only on a terminal, redrawn at most ten times a second."""
 
     def __init__(self, what: str, total: int, *, quiet: bool = False) -> None:
         self._what = what
@@ -48,7 +48,7 @@ class Progress:
             sys.stderr.flush()
 
     def close(self) -> None:
-        """Wipe the bar."""
+        """Erase the bar."""
         if self._shown:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()

@@ -1,7 +1,7 @@
-"""What live mounts tell about themselves: a small JSON file for each, in a directory of their user.
+"""The status of live mounts: a small JSON file for each, in a directory of its user.
 
-A file is locked by its owner, so one whose owner has died is known by that.  Readers believe nothing of
-it: root reads what other users wrote, who may have put anything there.
+A live mount's process holds a lock on its file, so an unlocked file is stale.  Readers trust no
+content: root reads files of other users, who may have written anything.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pyerofs.errors import one_line
 from pyerofs.system.private import PrivateDirectory
 
 PERIOD = 1.0  # seconds
-SIZE = 16 << 10  # a file is written in one go, padded to this
-MAX_FILES = 1000  # of a directory that are looked at
-MAX_SOURCES = 100  # of a mount that are looked at
+SIZE = 16 << 10  # bytes; a file is written at once, padded to this
+MAX_FILES = 1000  # read of one directory
+MAX_SOURCES = 100  # read of one mount
 RUN_USER = "/run/user"
 ROOT_DIRECTORY = "/run/pyerofs"
 
@@ -36,13 +36,13 @@ _FLAGS = ("complete", "verified")
 
 
 def directory() -> str:
-    """Where this process puts its file."""
+    """The directory of this process's status file."""
     return directories(os.getuid())[0]
 
 
 def directories(uid: int) -> list[str]:
-    """Where a user's files may be, the usual place first: there is no runtime directory in su, cron and
-    containers, and a private one below the temporary directory has to do."""
+    """Directories that may hold a user's files, the usual one first.  In su, cron and containers
+    there is no runtime directory; a private one below the temporary directory replaces it."""
     if uid == 0:
         return [ROOT_DIRECTORY]
     found = []
@@ -54,7 +54,7 @@ def directories(uid: int) -> list[str]:
 
 
 def _owned(path: str, uid: int) -> bool:
-    """Whether a user has a directory: after a plain su the variable names somebody else's."""
+    """Whether a user owns a directory: after a plain su, XDG_RUNTIME_DIR is another user's."""
     try:
         found = os.lstat(path)
     except OSError:
@@ -63,7 +63,8 @@ def _owned(path: str, uid: int) -> bool:
 
 
 async def publish(about: dict[str, Any], sources: Callable[[], list[dict[str, Any]]]) -> None:
-    """Keep a status file until cancelled.  Does without one where it can't be made."""
+    """Maintain a status file until cancelled, rewritten every PERIOD if it changes.  Only sleeps if
+    the file can't be made."""
     name = f"{os.getpid()}.json"
     try:
         folder = _opened(directory(), os.getuid(), create=True)
@@ -86,7 +87,7 @@ async def publish(about: dict[str, Any], sources: Callable[[], list[dict[str, An
                 try:
                     os.pwrite(fd, text.ljust(SIZE), 0)
                 except OSError:
-                    pass  # no room; nobody needs it
+                    pass  # disk full; the status is optional
             await trio.sleep(PERIOD)
     finally:
         folder.unlink_same(name, fd)
@@ -107,8 +108,8 @@ def live() -> Iterator[dict[str, Any]]:
 
 
 def _opened(path: str, owner: int, *, create: bool) -> PrivateDirectory:
-    """A directory of status files: what is in a runtime directory is trusted as far as that is.
-    Raises OSError."""
+    """Open a directory of status files.  If it lies in a runtime directory, the latter must be
+    private to the owner, too.  Raises OSError."""
     runtime, name = os.path.split(path)
     if name != "pyerofs" or path == ROOT_DIRECTORY:
         return PrivateDirectory.open(path, create=create, owner=owner)
@@ -117,7 +118,7 @@ def _opened(path: str, owner: int, *, create: bool) -> PrivateDirectory:
 
 
 def _places() -> Iterator[tuple[str, int]]:
-    """Directories, and who has to own them and all that is in them."""
+    """Directories to search, each with the uid that must own it and all its files."""
     uid = os.getuid()
     own = dict.fromkeys([directory(), *directories(uid)])
     yield from ((path, uid) for path in own)
@@ -133,7 +134,7 @@ def _places() -> Iterator[tuple[str, int]]:
 
 
 def _read(folder: PrivateDirectory, name: str) -> dict[str, Any] | None:
-    """What a mount says of itself; None where it has ended.  What a dead one of ours left goes."""
+    """The status in a file; None if its mount has ended.  Removes a stale file of this user."""
     try:
         fd = folder.open_file(name, os.O_RDONLY)
     except OSError:
@@ -153,8 +154,8 @@ def _read(folder: PrivateDirectory, name: str) -> dict[str, Any] | None:
 
 
 def checked(value: object) -> dict[str, Any] | None:
-    """A status as others may have written it, with the fields that are known and of the right type;
-    None where it is none.  Texts are of one printable line."""
+    """The known fields of the right type from an untrusted status; None if the value is not a
+    status.  Texts become one line of printable characters."""
     if not isinstance(value, dict) or not isinstance(value.get("mountpoint"), str):
         return None
     sources = value.get("sources")
@@ -175,7 +176,7 @@ def _fields(value: dict[str, Any]) -> dict[str, Any]:
     for key in _NUMBERS:
         number: Any = value.get(key)
         whole = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if whole and 0 <= number < 1 << 63:  # which is false for what is no number
+        if whole and 0 <= number < 1 << 63:  # false for NaN
             found[key] = number
     for key in _FLAGS:
         if isinstance(flag := value.get(key), bool):

@@ -1,4 +1,4 @@
-"""The standard streams, before anything else is opened.  Imports nothing heavy."""
+"""Make sure that the standard streams exist.  Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import sys
 
 
 def open_standard_streams() -> None:
-    """Make sure that descriptors 0 to 2 are taken, so that no file of ours becomes one of them."""
+    """Open /dev/null as each of the descriptors 0 to 2 that is closed, so that no other file gets
+    its number."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)
