@@ -11,7 +11,7 @@ from pyerofs.system.daemon import access_to
 from pyerofs.system.streams import open_standard_streams
 from pyerofs_fuse.options import Options, UsageError, parse, usage
 
-MAX_LIST = 16 << 20  # characters of a list of paths
+MAX_LIST = 16 << 20  # characters read of a list of paths
 
 
 def run() -> None:
@@ -35,7 +35,7 @@ def main(words: list[str]) -> int:
 
         print(f"pyerofs-fuse {__version__}")
         return 0
-    options.mountpoint = os.path.abspath(options.mountpoint)  # the daemon's directory is /
+    options.mountpoint = os.path.abspath(options.mountpoint)  # the daemon's working directory is /
     try:
         spec = options.spec
         access = access_to(options.source)
@@ -50,7 +50,7 @@ def main(words: list[str]) -> int:
 
 
 def _read_list(path: str) -> list[str]:
-    """The paths in a file, one a line."""
+    """The paths in a file, one per line."""
     with open(path, encoding="utf-8", errors="surrogateescape") as f:
         return [line for line in f.read(MAX_LIST).splitlines() if line]
 

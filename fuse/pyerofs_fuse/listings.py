@@ -1,4 +1,4 @@
-"""Listings of directories, ready to be sent."""
+"""A cache of directory listings, as rows ready for READDIR replies."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pyfuse3 import EntryAttributes
 from pyerofs.format.model import Inode
 from pyerofs_fuse.processes.handles import Handles
 
-MAX_ROWS = 80_000  # directory entries kept ready to be sent, by all processes: about 30 MB
-MAX_DIRECTORY_ROWS = 1 << 13  # and of one; larger directories are prepared as they are read
+MAX_ROWS = 80_000  # directory entries cached by all processes together: about 30 MB
+MAX_DIRECTORY_ROWS = 1 << 13  # cached of one directory; larger ones are prepared as they are read
 MAX_LISTINGS = 1 << 14
 
 # A directory entry, ready to be sent: name, attributes, cookie of the entry after it.
@@ -21,21 +21,21 @@ cookie_of = itemgetter(2)
 
 
 class Listing:
-    """Entries of a directory that lie one after another."""
+    """A run of consecutive entries of a directory."""
 
     __slots__ = ("counted", "first", "inode", "rows", "whole")
 
     def __init__(self, inode: Inode) -> None:
         self.inode = inode
         self.rows: list[Row] = []
-        self.first = True  # the first of them is the directory's
-        self.whole = False  # and the last one, too
+        self.first = True  # the run starts with the directory's first entry
+        self.whole = False  # the run is the whole directory
         self.counted = 0
 
     def add(self, cookie: int, more: list[Row]) -> tuple[list[Row], int]:
-        """Add the entries that follow ``cookie``, if that is where the last one ends; else keep these
-        instead.  Nothing means that it was the directory's end.  Returns the entries, and where in them
-        the new ones begin."""
+        """Append the entries that follow ``cookie``, if the run ends there and has room; otherwise
+        replace the run with them.  An empty ``more`` means the end of the directory.  Returns the
+        rows to send from, and the index of the first new one."""
         rows = self.rows
         if cookie == (rows[-1][2] if rows else 0):
             if not more:
@@ -54,13 +54,13 @@ class Listing:
 
 
 class Listings:
-    """The directories that were listed lately, the least recently read dropped first."""
+    """The Listings of recently read directories: a least-recently-used cache by node id."""
 
     def __init__(self, handles: Handles) -> None:
-        """Made before the fork."""
+        """Call before the fork: the row counts are in shared memory."""
         self._listings: OrderedDict[int, Listing] = OrderedDict()
         self._handles = handles
-        # how many rows each process has: whoever is asked for listings may have more than his part
+        # rows cached by each process: a process that lists much may exceed an equal share
         self._rows = memoryview(mmap.mmap(-1, 8 * handles.processes)).cast("Q")
 
     def get(self, node: int) -> Listing | None:
@@ -70,10 +70,10 @@ class Listings:
         return found
 
     def put(self, node: int, listing: Listing) -> None:
-        """Keep a listing, or what it has become."""
+        """Add a listing, or count the rows added to it; evicts the least recently read ones."""
         rows, me, processes = self._rows, self._handles.me, self._handles.processes
         old = self._listings.get(node)
-        if old is not None and old is not listing:  # two made it at the same time
+        if old is not None and old is not listing:  # two tasks made it concurrently
             rows[me] -= old.counted
             old.counted = 0
         self._listings[node] = listing

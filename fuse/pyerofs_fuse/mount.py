@@ -1,4 +1,4 @@
-"""Make a mount, and what belongs to it."""
+"""Make the FUSE mount: checks beforehand, one-line errors, tuning."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ READ_AHEAD_KB = 2048
 
 
 class MountError(Exception):
-    """The mount can't be made; the message is one line."""
+    """Mounting failed; the message is one line."""
 
 
 @contextmanager
 def mounted(operations: pyfuse3.Operations, options: Options, name: str) -> Iterator[None]:
-    """Mount, and turn what libfuse and fusermount3 print into one line; unmount at the end.  ``name``:
-    of the source.  Raises MountError."""
+    """Mount, and unmount at the end of the block.  Messages of libfuse and fusermount3 become one
+    line.  ``name``: the source's name, the default for fsname.  Raises MountError."""
     said = os.memfd_create("libfuse-messages")
     sys.stderr.flush()
     stderr = os.dup(2)
@@ -58,13 +58,15 @@ def _explain(text: str, where: str) -> str:
 
 
 def tune() -> None:
-    """Fit the interpreter and the allocator to a daemon that hands out large buffers all the time."""
-    sys.setswitchinterval(2e-4)  # a decoder that is done waits no longer than a request takes
+    """Tune the interpreter and the allocator for a daemon that constantly hands out large buffers."""
+    sys.setswitchinterval(
+        2e-4
+    )  # a finished decoder thread waits no longer for the GIL than a request takes
     keep_freed_memory()
 
 
 def _is_ours(mountpoint: str) -> bool:
-    """Whether an image of ours is mounted there."""
+    """Whether an EROFS image is mounted there, by pyerofs-fuse, erofsfuse or the kernel's driver."""
     found = mountinfo.topmost(os.path.realpath(mountpoint))
     return found is not None and found.kind in ("fuse.pyerofs-fuse", "fuse.erofs", "erofs")
 
@@ -78,7 +80,7 @@ def _in_user_namespace() -> bool:
 
 
 def read_ahead(mountpoint: str) -> None:
-    """Let the kernel read further ahead than its default of 128 KiB, where we may (as root)."""
+    """Raise the kernel's read-ahead from its default of 128 KiB to READ_AHEAD_KB, if run as root."""
     found = mountinfo.topmost(mountpoint)
     if found is None:
         return
@@ -90,7 +92,8 @@ def read_ahead(mountpoint: str) -> None:
 
 
 def check(options: Options) -> None:
-    """Find, before anything is done, what libfuse would only fail at vaguely.  Raises MountError."""
+    """Check the mount point and /dev/fuse in advance, because libfuse's own errors are vague.
+    Raises MountError."""
     where = options.mountpoint
     try:
         mode = os.stat(where).st_mode

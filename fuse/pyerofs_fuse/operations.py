@@ -1,10 +1,11 @@
-"""pyfuse3's operations over an AsyncImage: an adapter, with no logic of the format in it.  As they know
-what else waits for the event loop, they are also that image's Schedule.
+"""FUSE operations (pyfuse3) over an AsyncImage: an adapter without knowledge of the format.
 
-Node ids are inode numbers, which are nids in another notation, and handles are node ids, so no table
-of inodes or handles is kept, and any process that serves the mount can answer any request.  Most
-answers come straight from memory; an operation that has to wait does so in a cancel scope of its
-own, so that stopping the daemon answers it with EIO.
+``Operations`` knows which other operations need the event loop, so it is also the image's Schedule.
+
+Node ids are inode numbers, which encode nids, and file handles are node ids.  So no table of inodes
+or handles is kept, and any serving process can answer any request.  Most operations are answered
+from memory at once; one that has to wait does so in its own cancel scope, so that stopping the
+daemon answers it with EIO.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ from pyerofs_fuse.processes.turns import Turns
 log = logging.getLogger("pyerofs-fuse")
 
 FOREVER = 1e9  # seconds; the image can't change
-ENTRIES_AT_ONCE = 128  # directory entries prepared in one go: a fraction of a millisecond
-MAX_DIRECTORIES = 1024  # inodes of directories that are kept decoded
-STORE_SIZE = 128 << 10  # files up to this size go to the kernel's page cache when they are opened
-MAX_STORED = 1 << 15  # of them are remembered; forgetting one costs a copy, nothing else
-STORING = 50e-6  # seconds: about what that takes
-LONG_READ = 256 << 10  # bytes from which on answering takes so long that others should go on
-MAX_FILES = 1024  # that were opened lately
-MAX_RECORDED = 1 << 20  # files that are remembered as opened
+ENTRIES_AT_ONCE = 128  # directory entries prepared at once: a fraction of a millisecond
+MAX_DIRECTORIES = 1024  # directory inodes in the cache
+STORE_SIZE = 128 << 10  # bytes: files up to this size are stored in the page cache when opened
+MAX_STORED = 1 << 15  # stored files that are remembered; a forgotten one is only stored again
+STORING = 50e-6  # seconds that storing a file takes, about
+LONG_READ = 256 << 10  # bytes: during a read this long, another process receives requests
+MAX_FILES = 1024  # recently opened files in the cache
+MAX_RECORDED = 1 << 20  # opened files that are recorded
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 P = ParamSpec("P")
 
-# FUSE reserves node id 1 for the root, 0 for "none": a nid that would take one of these moves to the
-# far end, where no nid can be (it would lie 2^68 bytes into the image).
+# FUSE reserves node id 1 for the root, 0 for "none".  An inode number of 0 or 1 is mapped to the
+# upper end, where no nid can be (its inode would lie 2^68 bytes into the image).
 _NODE_OF = {0: 2**64 - 2, 1: 2**64 - 1}
 _NUMBER_OF = {node: number for number, node in _NODE_OF.items()}
 
@@ -61,9 +62,9 @@ _DOTS = (b".", b"..")
 def answers(
     metadata: bool,
 ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
-    """Turn every exception of an operation into the errno that the kernel's driver would give:
-    EUCLEAN for corrupt metadata, EIO for corrupt data.  Nothing but FUSEError gets out, because
-    anything else would end the mount."""
+    """Decorator: turn every exception of an operation into the errno that the kernel's driver would
+    give: EUCLEAN for corrupt metadata, EIO for corrupt data.  Only FUSEError passes, because any
+    other exception would end the mount."""
 
     def wrap(operation: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         @functools.wraps(operation)
@@ -100,11 +101,11 @@ class Operations(pyfuse3.Operations):
     def __init__(
         self, turns: Turns, handles: Handles, *, shared: bool, record: bool = False
     ) -> None:
-        """``shared``: other users may look in, so the kernel has to check permissions and ACLs.
-        ``record``: keep in ``opened`` which files were opened, in that order."""
+        """``shared``: other users may access the mount, so the kernel has to check permissions and
+        ACLs.  ``record``: keep the nids of opened files in ``opened``, in the order of opening."""
         super().__init__()
         self.enable_acl = shared
-        self.greeted = trio.Event()  # the kernel has said hello
+        self.greeted = trio.Event()  # set when FUSE INIT has arrived
         self.opened: dict[int, None] = {}
         self._record = record
         self._turns = turns
@@ -113,53 +114,54 @@ class Operations(pyfuse3.Operations):
         self._attr = EntryAttributes()
         self._attr.entry_timeout = FOREVER
         self._files: dict[int, AsyncFile] = {}
-        self._stored: dict[int, None] = {}  # nodes whose data the kernel was given lately
+        self._stored: dict[int, None] = {}  # nodes recently stored in the page cache
         self._listings = Listings(handles)
         self._directories: dict[int, Inode] = {}
         self._waiting: set[trio.CancelScope] = set()
 
     def attach(self, image: AsyncImage) -> None:
-        """Answer from this image, from now on."""
+        """Answer requests from this image, from now on."""
         self._image = image
         self._volume = image.volume
         self._root_nid = image.volume.sb.root_nid
         self._attr.st_blksize = image.volume.sb.block_size
 
     def init(self) -> None:
-        """The kernel says hello; what else it says waits until there are all who answer."""
+        """FUSE INIT.  Later requests wait in the kernel until all serving processes are forked."""
         self._turns.hold()
         self.greeted.set()
 
-    # what all operations use ---------------------------------------------------------
+    # shared by all operations --------------------------------------------------------
 
     def stop(self) -> None:
-        """Answer EIO to whatever is waiting."""
+        """Answer all waiting operations with EIO."""
         for scope in list(self._waiting):
             scope.cancel()
 
     @property
     def waiting(self) -> int:
-        """How many operations wait for a thread or the network (or are about to)."""
+        """The number of operations that wait for a thread or the network (or are about to)."""
         return len(self._waiting)
 
     @property
     def ahead(self) -> int | None:
-        """As a ``Schedule``: nothing where what comes next may be asked of another process."""
+        """``Schedule.ahead``: 0 with several processes, as another one may receive the next read."""
         return 0 if self._turns.shared else None
 
     def may_block(self, ns: float) -> bool:
-        """As a ``Schedule``: while no other operation waits."""
+        """``Schedule.may_block``: only while no other operation waits, and if ``Turns`` permits."""
         return len(self._waiting) <= 1 and self._turns.may_be_busy(ns)
 
     def report(self, e: ErofsError) -> None:
-        """Log an error, but only the first one about an inode."""
+        """Log an error, unless it is about a path (OSError); of CorruptImage only the first per
+        inode."""
         if isinstance(e, CorruptImage) and not self._handles.first_error(e.nid):
             return
         if not isinstance(e, OSError):
             log.error("%s", e)
 
     async def _run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
-        """Call a parser function; wait only if something it needs is not in memory."""
+        """Call a parser function; wait only if data is not in memory."""
         try:
             return function(*args)
         except Fault as fault:
@@ -192,7 +194,7 @@ class Operations(pyfuse3.Operations):
         return found if found is not None else await self._run(inodes.load, self._volume, nid)
 
     async def _directory(self, node: int) -> Inode:
-        """The inode of a directory; kept, because lookups in one come in rows."""
+        """The inode of a directory; cached, because lookups in one directory come in bursts."""
         nid = self._nid(node)
         found = self._directories.get(nid)
         if found is None:
@@ -205,25 +207,27 @@ class Operations(pyfuse3.Operations):
         return found
 
     def _entry(self, inode: Inode) -> EntryAttributes:
-        """For lookup, which sends it before anything else runs: one object serves all."""
+        """Attributes for a lookup's reply, which is sent before anything else runs: one object
+        serves all."""
         return self._as_entry(self._attr, inode)
 
     def _as_entry(self, attr: EntryAttributes, inode: Inode) -> EntryAttributes:
-        """An entry carries the node id where the inode number belongs; should they differ, the
-        kernel has to ask again, with getattr, which shows the number."""
+        """Fill in an entry, whose inode number has to be the node id.  If the inode's real number
+        differs, the attributes expire at once, so that the kernel asks getattr, which returns the
+        real number."""
         node = self._node(inode.nid)
         attr.attr_timeout = 0.0 if node <= 1 or node in _NUMBER_OF else FOREVER
         return self._fill(attr, inode, node)
 
     def _row(self, entry: Dirent, inode: Inode) -> Row:
-        """For readdir, to be kept."""
+        """A row for readdir; it is cached, so it has an attribute object of its own."""
         attr = EntryAttributes()
         attr.st_blksize = self._volume.sb.block_size
         attr.entry_timeout = FOREVER
         return entry.name, self._as_entry(attr, inode), entry.cookie
 
     def _bare_row(self, entry: Dirent, number: int) -> Row:
-        """The same without attributes."""
+        """A row for readdir without attributes."""
         attr = EntryAttributes()
         attr.st_ino = number
         attr.st_mode = MODE_OF_FT.get(entry.file_type, stat.S_IFREG)
@@ -248,12 +252,12 @@ class Operations(pyfuse3.Operations):
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         if len(name) > NAME_LEN:
             raise FUSEError(errno.ENAMETOOLONG)
-        if name == b".":  # how the kernel finds a node again that it has forgotten
+        if name == b".":  # the kernel looks up a node that it has forgotten
             found = await self._inode(parent_inode)
             return self._entry(found)
         parent = await self._directory(parent_inode)
         inode = await self._run(tree.lookup, self._volume, parent, name)
-        if inode is None:  # an answer that the kernel may keep, unlike an error
+        if inode is None:  # a negative entry, which the kernel may cache, unlike an error
             missing = EntryAttributes()
             missing.st_ino = 0
             missing.entry_timeout = FOREVER
@@ -273,7 +277,7 @@ class Operations(pyfuse3.Operations):
 
     @answers(metadata=True)
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
-        """Only asked of private mounts, whose owner may do everything but write."""
+        """Called on private mounts only, whose owner may do everything but write."""
         return True
 
     @answers(metadata=True)
@@ -283,7 +287,7 @@ class Operations(pyfuse3.Operations):
         s.f_bsize = s.f_frsize = sb.block_size
         s.f_blocks = sb.total_blocks
         s.f_bfree = s.f_bavail = 0
-        s.f_files = 2**64 - 1  # as the kernel has it: all but the used ones are free
+        s.f_files = 2**64 - 1  # as in the kernel's driver: all but the used ones are free
         s.f_ffree = s.f_favail = 2**64 - 1 - sb.inodes
         s.f_namemax = NAME_LEN
         return s
@@ -324,7 +328,7 @@ class Operations(pyfuse3.Operations):
         reply = pyfuse3.readdir_reply
         rows = listing.rows
         at = bisect_right(rows, start_id, key=cookie_of) if start_id else 0
-        if not at and (start_id or not listing.first):  # before what we have
+        if not at and (start_id or not listing.first):  # before the cached run
             rows = []
         while True:
             for name, attr, cookie in islice(rows, at, None):
@@ -340,12 +344,12 @@ class Operations(pyfuse3.Operations):
                 return
 
     def _prepare(self, parent: Inode, cookie: int) -> list[Row]:
-        """Some entries from ``cookie`` on, with their attributes; [] at the end."""
+        """Up to ENTRIES_AT_ONCE rows from ``cookie`` on; [] at the directory's end."""
         vol = self._volume
         size = vol.sb.directory_block_size
         index, skip = divmod(cookie, size)
         end = -(-parent.size // size) * size
-        if cookie >= end:  # where "." is not stored, it comes last, as from the kernel
+        if cookie >= end:  # a "." that is not stored comes last, as in the kernel's driver
             if cookie > end or not parent.dot_omitted:
                 return []
             return [
@@ -356,14 +360,12 @@ class Operations(pyfuse3.Operations):
         found: list[Row] = []
         block = directory.block_entries(vol, parent, index, -(-skip // 12))
         for entry in block[:ENTRIES_AT_ONCE]:
-            if (
-                entry.name in _DOTS
-            ):  # these two are for show: the kernel takes no attributes of them
+            if entry.name in _DOTS:  # the kernel ignores the attributes of these two
                 found.append(self._bare_row(entry, tree.inode_number(vol, entry.nid)))
                 continue
             try:
                 found.append(self._row(entry, inodes.load(vol, entry.nid)))
-            except ErofsError as e:  # broken: its name is listed, looking at it gives the error
+            except ErofsError as e:  # corrupt inode: list its name; a stat returns the error
                 self.report(e)
                 found.append(self._bare_row(entry, self._node(entry.nid)))
         return found
@@ -386,7 +388,7 @@ class Operations(pyfuse3.Operations):
             while self._handles.is_stored_by_others(inode):  # noqa: ASYNC110 (there is no event)
                 await trio.sleep(STORING)
         except BaseException:
-            if self._turns.mine:  # a count too high costs no more than that nothing is stored
+            if self._turns.mine:  # else the count stays too high: the file is merely never stored
                 self._handles.closed(inode)
             raise
         self._info.fh = inode
@@ -402,18 +404,19 @@ class Operations(pyfuse3.Operations):
         return file
 
     async def _store(self, node: int, file: AsyncFile) -> None:
-        """Put a small file's data into the kernel's page cache, so that no READ ever comes.
+        """Put a small file's data into the kernel's page cache, so that the kernel sends no READ.
 
-        A READ that is under way for one of these pages, even one that nobody has received yet, holds
-        the page's lock, and storing the page would wait for its answer: perhaps for ever, if we are
-        the one to answer, or whoever was has died.  READs need a handle; hence only while no other is
-        open or opening, and should another process get to open one just then, it waits."""
+        A pending READ for one of these pages, even one that no process has received yet, holds the
+        page's lock, and notify_store would block until that READ is answered: perhaps for ever, if
+        this process has to answer it or if the process that received it has died.  READs need a
+        handle; therefore data is stored only while no other handle is open or opening, and another
+        process that opens one meanwhile waits with its answer."""
         inode = file.inode
         try:
             found = file.read_now(0, inode.size)
             if isinstance(found, Pending):
                 if not self._image.local:
-                    return  # opening alone must not fetch from afar
+                    return  # opening a file must not cause a download
                 found = await self._wait(found.finish())
             with self._handles.storing(node):
                 if self._handles.count(node) == 1:
@@ -422,7 +425,7 @@ class Operations(pyfuse3.Operations):
                         del self._stored[next(iter(self._stored))]
                     self._stored[node] = None
         except (ErofsError, OSError) as e:
-            log.debug("nid %d is not stored: %s", inode.nid, e)  # reading it will tell
+            log.debug("nid %d is not stored: %s", inode.nid, e)  # a read returns the error
 
     @answers(metadata=False)
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]
@@ -438,5 +441,5 @@ class Operations(pyfuse3.Operations):
 
     @answers(metadata=True)
     async def flush(self, fh: int) -> None:
-        """close(2): nothing to write back.  Once told so, the kernel does not ask again."""
+        """close(2): nothing to write back.  After ENOSYS the kernel sends no further FLUSH."""
         raise FUSEError(errno.ENOSYS)

@@ -1,4 +1,4 @@
-"""The command line of pyerofs-fuse: words -> Options.  Compatible with erofsfuse and mount(8)."""
+"""The command line of pyerofs-fuse, parsed into Options.  Compatible with erofsfuse and mount(8)."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ def usage() -> str:
     return USAGE.replace("{words}", "\n".join(lines))
 
 
-# Words for libfuse and the kernel; with "=" they take a value.
+# Mount options for libfuse and the kernel; those with "=" take a value.
 _PASSED = {
     "allow_other", "allow_root", "default_permissions", "auto_unmount", "dev", "nodev", "suid",
     "nosuid", "exec", "noexec", "atime", "noatime", "diratime", "nodiratime", "relatime",
     "norelatime", "strictatime", "nostrictatime", "sync", "async", "dirsync",
     "fsname=", "subtype=", "context=", "fscontext=", "defcontext=", "rootcontext=",
 }  # fmt: skip
-# Words of fstab and mount(8) that are not about us, and what a read-only image is anyway.
+# Ignored: options that only fstab and mount(8) use, and those that a read-only image implies.
 _IGNORED = {
     "ro", "rw", "defaults", "auto", "noauto", "user", "nouser", "users", "group", "owner", "nofail",
     "_netdev", "loop", "default", "silent", "loud", "intr", "nointr",
-    "max_read",  # libfuse would have to be told by pyfuse3 as well, which can't
-    # erofsfuse hands these to libfuse's own loop, cache and id mapping, which do not serve here
+    "max_read",  # would also have to be set through pyfuse3, which does not support it
+    # erofsfuse passes these to libfuse's own loop, cache and id mapping, which are not used here
     "max_threads", "max_idle_threads", "clone_fd", "kernel_cache", "auto_cache", "noforget",
     "umask", "uid", "gid", "entry_timeout", "negative_timeout", "attr_timeout", "ac_attr_timeout",
     "remember", "modules",
@@ -77,12 +77,12 @@ _OWN = {"cache-size", "dbglevel", "record", "prefetch-list"}
 
 
 class UsageError(Exception):
-    """The words make no sense; the message says why."""
+    """The command line is invalid; the message says why."""
 
 
 @dataclass
 class Options:
-    """What the command line asks for."""
+    """The parsed command line."""
 
     image: str = ""
     mountpoint: str = ""
@@ -98,12 +98,12 @@ class Options:
 
     @property
     def spec(self) -> SourceSpec:
-        """What to mount, with absolute paths.  Raises SourceError."""
+        """The source to mount, with absolute paths.  Raises SourceError."""
         return self.source.spec(self.image)
 
     @property
     def shared(self) -> bool:
-        """Whether users other than the owner may look in."""
+        """Whether users other than the owner may access the mount."""
         return "allow_other" in self.fuse or "allow_root" in self.fuse
 
 
@@ -179,7 +179,7 @@ def _short(options: Options, letter: str) -> None:
         options.show = "version"
     elif letter == "s":
         options.single = True
-    elif letter != "n":  # mount(8) passes that on
+    elif letter != "n":  # mount(8) passes -n on
         raise UsageError(f"unknown option -{letter}")
 
 
@@ -225,7 +225,8 @@ def _mount_options(options: Options, text: str) -> None:
 
 
 def fuse_words(options: Options, name: str) -> list[str]:
-    """What libfuse is to be told, escaped for its parser, ASCII only.  ``name``: of the source."""
+    """The mount options for libfuse, escaped for its parser, ASCII only.  ``name``: the source's
+    name."""
     words = ["ro"]
     given = {w.partition("=")[0] for w in options.fuse}
     if "fsname" not in given:

@@ -1,7 +1,7 @@
-"""Open the image, mount it, serve it until it is unmounted or told to stop.
+"""Open the image, mount it, and serve it until it is unmounted or a signal stops the daemon.
 
-What is far away is served by one process.  An image on this machine is served by as many as there
-are processors: it is opened, checked, mounted, and then the process forks (see ``crew``).
+A remote image is served by one process.  A local image is served by one process per CPU, up to
+MAX_PROCESSES: it is opened, checked and mounted before the process forks (see ``crew``).
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ from pyerofs_fuse.processes.crew import SIGNALS, Crew
 
 log = logging.getLogger("pyerofs-fuse")
 
-NUDGE = 1.0  # seconds
-GRACE = 1.0  # seconds that what is under way gets to finish once we are told to stop
-MAX_PROCESSES = 4  # each costs memory; clients and the kernel need processors, too
+NUDGE = 1.0  # seconds between two signals of ``_keep_moving``
+GRACE = 1.0  # seconds for pending operations to finish after a stop signal
+MAX_PROCESSES = 4  # each costs memory; clients and the kernel need CPUs, too
 
 
 class Job(NamedTuple):
-    """What is to be mounted, and how."""
+    """The image to mount, and the options for mounting it."""
 
     options: Options
     spec: SourceSpec
     access: Access
-    first: list[str]  # paths to be fetched before anything else, where the image is far away
+    first: list[str]  # paths to prefetch before anything else, of a remote image
     report: Report
 
     @property
     def processes(self) -> int:
-        """How many serve it: one, where the network is what is waited for, or where all that is
-        opened has to be written down."""
+        """The number of serving processes: one for a remote image (the network is the bottleneck),
+        for recording opened files, or with ``-s``; else one per available CPU, up to MAX_PROCESSES."""
         if self.options.single or self.options.record is not None or not is_near(self.spec):
             return 1
         return min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
 
 
 def run(job: Job) -> None:
-    """Mount and serve.  Returns when the mount is gone.  Reports, and ends, on failure."""
+    """Mount and serve until the mount is gone.  A failure is reported and ends the process."""
     crew = Crew(job.processes)
     options = job.options
     operations = Operations(
@@ -83,7 +83,7 @@ async def _serve_alone(job: Job, operations: Operations) -> None:
     waiting = Download()
     access = replace(job.access, progress=waiting.show)
     size = job.options.cache_size
-    # signals first: once there is a mount, none may end us without unmounting
+    # catch signals before mounting, so that none ends the process without unmounting
     with trio.open_signal_receiver(*SIGNALS) as signals:
         async with open_scheduled(operations, job.spec, cache_size=size, access=access) as image:
             waiting.close()
@@ -97,7 +97,7 @@ async def _serve_alone(job: Job, operations: Operations) -> None:
 
 def _serve_together(job: Job, operations: Operations, crew: Crew) -> None:
     sources = open_sources(job.spec, 0, ())
-    Image(sources)  # or this raises
+    Image(sources)  # raises if the image is invalid
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         with mounted(operations, job.options, job.spec.name):
@@ -111,7 +111,7 @@ def _serve_together(job: Job, operations: Operations, crew: Crew) -> None:
 
 
 async def _greet(operations: Operations) -> None:
-    """Answer the kernel's first request, and no other."""
+    """Answer the kernel's first request, FUSE INIT, and no other."""
 
     async def answer() -> None:
         await pyfuse3.main()
@@ -136,20 +136,20 @@ async def _serve_with(
 
 
 async def _end_with(crew: Crew) -> None:
-    """End the mount once another process has died."""
+    """Terminate the mount when another serving process has died."""
     await crew.death()
     pyfuse3.terminate()
 
 
 def _work(job: Job, operations: Operations, crew: Crew, sources: Sequence[Source]) -> NoReturn:
-    """Answer requests until the mount is gone."""
+    """The main loop of a forked process: answer requests until the mount is gone."""
 
     async def work() -> None:
         async with _opened(job, crew, sources, operations) as image:
             operations.attach(image)
             _keep_moving()
             await pyfuse3.main()
-            crew.turns.pass_on()  # so that the others see its end, too
+            crew.turns.pass_on()  # so that the other processes see the mount's end, too
 
     status = 1
     try:
@@ -165,32 +165,32 @@ def _work(job: Job, operations: Operations, crew: Crew, sources: Sequence[Source
 def _opened(
     job: Job, crew: Crew, sources: Sequence[Source], schedule: Schedule
 ) -> AbstractAsyncContextManager[AsyncImage]:
-    """The image in one of several processes, each with its part of the memory."""
+    """The image in one of several processes, each with an equal share of the cache size."""
     size = job.options.cache_size // crew.size
     return open_scheduled(schedule, sources[0], devices=sources[1:], cache_size=size)
 
 
 def _keep_moving() -> None:
-    """Have a signal that does nothing come every second.
+    """Interrupt a blocked read(2) with a no-op signal every NUDGE seconds.
 
-    A request vanishes from the kernel's queue with its client.  Should that happen just after we were
-    told of it, pyfuse3 waits in read(2) for another, and all that this process does waits with it;
-    a signal ends that."""
+    A request vanishes from the kernel's queue when its client is killed.  If that happens after
+    /dev/fuse was reported readable, pyfuse3 blocks in read(2) until the next request, and the event
+    loop with it; a signal interrupts that read."""
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, NUDGE, NUDGE)
 
 
 def _settle() -> None:
-    """Fit this process, and those to be forked from it, for serving."""
+    """Tune this process, and those to be forked from it, for serving."""
     tune()
     gc.collect()
-    gc.freeze()  # what start-up made stays; no need to look at it again and again
+    gc.freeze()  # exclude objects made at start-up, which stay, from later collections
 
 
 async def _lead(
     job: Job, operations: Operations, image: AsyncImage, signals: AsyncIterator[int]
 ) -> None:
-    """Answer requests, and do all that one process has to do for a mount."""
+    """Answer requests, and run the tasks that only one process of a mount, the leader, performs."""
     _keep_moving()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_background, job, image)
@@ -201,7 +201,7 @@ async def _lead(
 
 
 async def _background(job: Job, image: AsyncImage) -> None:
-    """What goes on beside answering requests."""
+    """Background tasks: the status file and prefetching."""
     about = {
         "command": "pyerofs-fuse",
         "mountpoint": job.options.mountpoint,
@@ -216,8 +216,8 @@ async def _background(job: Job, image: AsyncImage) -> None:
 
 
 async def _announce(job: Job, operations: Operations) -> None:
-    """Report success once the mount has answered a request: from then on it is live, and the kernel
-    has agreed on how far it reads ahead, so that this can be changed."""
+    """Report success once the mount has answered a request: then the mount is live, and the kernel
+    has negotiated its read-ahead, which can be changed only afterwards."""
     mountpoint = job.options.mountpoint
     await operations.greeted.wait()
     try:
@@ -241,7 +241,7 @@ async def _stop_on(
 
 
 async def _write_record(image: AsyncImage, nids: Collection[int], path: str) -> None:
-    """Write where the files are that were opened, in that order."""
+    """Write the paths of the files that were opened, in the order of opening.  Logs errors."""
     try:
         paths = await paths_of(image, nids)
         text = "".join(f"{p}\n" for p in paths if "\n" not in p)
