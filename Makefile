@@ -1,7 +1,13 @@
 # demo: set everything up and mount an image.  test: set everything up and run all tests.
+# quick: what to run after each change.  fmt: put the code into its form.
+# coverage: which lines the tests of the library and the command run.
 VENV ?= .venv
 
-.PHONY: demo test lint bench wheel clean
+# What `make quick` leaves out of tests/unit: reading every path of every image through the
+# asynchronous API, which takes as long as all other tests of that directory together.
+SLOW = --ignore=tests/unit/test_aio.py
+
+.PHONY: demo test quick lint fmt coverage bench wheel clean
 
 demo:
 	scripts/setup .venv
@@ -11,11 +17,24 @@ test:
 	scripts/setup $(VENV) test
 	$(VENV)/bin/python -m pytest $(PYTEST)
 
+quick: lint
+	$(VENV)/bin/python -m pytest -q tests/unit $(SLOW)
+
 lint:
 	scripts/setup $(VENV) test,lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+fmt:
+	scripts/setup $(VENV) test,lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+coverage:
+	scripts/setup $(VENV) test,coverage
+	$(VENV)/bin/python -m coverage run -m pytest -q tests/unit tests/cli
+	$(VENV)/bin/python -m coverage report
 
 bench:
 	scripts/setup $(VENV)
@@ -26,4 +45,4 @@ wheel:
 	$(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
