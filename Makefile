@@ -1,13 +1,13 @@
 # demo: set everything up and mount an image.  test: set everything up and run all tests.
 # quick: what to run after each change.  fmt: put the code into its form.
-# coverage: which lines the tests of the library and the command run.
+# coverage: which lines the tests of the library and the command run.  docs: build/docs/index.html.
 VENV ?= .venv
 
 # What `make quick` leaves out of tests/unit: reading every path of every image through the
 # asynchronous API, which takes as long as all other tests of that directory together.
 SLOW = --ignore=tests/unit/test_aio.py
 
-.PHONY: demo test quick lint fmt coverage bench wheel clean
+.PHONY: demo test quick lint fmt coverage docs bench wheel clean
 
 demo:
 	scripts/setup .venv
@@ -35,6 +35,10 @@ coverage:
 	scripts/setup $(VENV) test,coverage
 	$(VENV)/bin/python -m coverage run -m pytest -q tests/unit tests/cli
 	$(VENV)/bin/python -m coverage report
+
+docs:
+	scripts/setup $(VENV) docs
+	$(VENV)/bin/python scripts/docs
 
 bench:
 	scripts/setup $(VENV)
