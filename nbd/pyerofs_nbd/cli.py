@@ -1,4 +1,4 @@
-"""``pyerofs-nbd``: parse, and do what was asked for.  Heavy imports come late."""
+"""The command ``pyerofs-nbd``: parse its command line, run a mode.  Heavy imports come late."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def main(words: list[str]) -> int:
 
 
 def _failed(e: BaseException) -> int:
-    """Say why in one line."""
+    """Print an error in one line; returns the exit status."""
     if isinstance(e, (ErofsError, NbdError)):
         message = str(e)
     elif isinstance(e, KeyboardInterrupt):
@@ -80,7 +80,7 @@ def _failed(e: BaseException) -> int:
 
 
 def _source(options: Options) -> tuple[SourceSpec, Record]:
-    """The source, and the pattern of the recovery files."""
+    """The source, and the template of the recovery files."""
     from pyerofs_nbd.devices.recovery import Record
 
     what = options.what
@@ -125,7 +125,7 @@ def _attach(options: Options) -> int:
     check_privilege()
     spec, record = _source(options)
     if not spec.is_remote and not spec.is_layout:
-        os.close(os.open(spec.what, os.O_RDONLY | os.O_CLOEXEC))  # the plainest mistake of all
+        os.close(os.open(spec.what, os.O_RDONLY | os.O_CLOEXEC))  # report a wrong path early
     plan = Plan(
         record,
         _behaviour(options),
@@ -138,7 +138,7 @@ def _attach(options: Options) -> int:
 
 
 def _leave(make: Callable[[], Attached], records: list[Record], behaviour: Behaviour) -> int:
-    """Do what makes a server, and leave it, or stay with it."""
+    """Call ``make``, which starts a server; leave the server as a daemon, or stay with it."""
     from pyerofs_nbd.lifecycle.attach import settle, stay
 
     _end_on_signals()
@@ -186,7 +186,7 @@ def _supervise(found: Attached, records: list[Record], behaviour: Behaviour) -> 
 
 
 def _end_on_signals() -> None:
-    """Let SIGTERM and SIGHUP undo what was done so far, as Ctrl-C does."""
+    """Have SIGTERM and SIGHUP undo all steps so far, as Ctrl-C does."""
     import signal
 
     def interrupt(number: int, _: object) -> NoReturn:
@@ -240,7 +240,7 @@ def _disconnect(options: Options) -> int:
 
 
 def _renewed(options: Options, group: Group) -> Group:
-    """The group with the password, and with what was given anew."""
+    """The group with its password, and with the source options given anew."""
     from dataclasses import replace
 
     first = _with_access(options, group.records[0])
@@ -300,7 +300,7 @@ def _reattach(options: Options) -> int:
 
 
 def _reattach_all(options: Options) -> int:
-    """All that were attached by us or mount.erofs and are dead; those of other programs are theirs."""
+    """Reattach all dead devices of pyerofs-nbd and mount.erofs, but none of other programs."""
     from pyerofs_nbd.devices import recovery, sysfs
     from pyerofs_nbd.devices.driver import check_privilege
     from pyerofs_nbd.lifecycle.attach import settle

@@ -75,7 +75,7 @@ def usage() -> str:
 
 
 class UsageError(Exception):
-    """The words make no sense; the message says why."""
+    """The command line is invalid; the message says why."""
 
 
 @dataclass
@@ -123,7 +123,7 @@ class Options:
 
 
 class _Own(NamedTuple):
-    """An option of ours: whether it takes a value, and the modes that it makes sense in."""
+    """An option that is not a source option: whether it takes a value, and its modes."""
 
     value: bool
     modes: frozenset[str]
@@ -152,7 +152,7 @@ _OWN = {
     "tls-ca": _Own(True, _SERVE),
     "tls-required": _Own(False, _SERVE),
 }
-# what selects a mode; the first word is how the mode is called
+# the options that select a mode, and the modes' names
 _MODES = {
     "socket": "serve", "listen": "serve", "stdio": "serve", "list": "list",
     "disconnect": "disconnect", "unmount": "unmount", "reattach": "reattach",
@@ -160,20 +160,20 @@ _MODES = {
 }  # fmt: skip
 _TARGETED = ("disconnect", "unmount", "reattach", "takeover")
 _SHORT = {"f": "foreground", "v": "verbose", "h": "help", "V": "version"}
-# of the source options, those that are about one image and not about all exports
+# the source options that apply to one image, not to all exports
 _OF_ONE = ("offset", "device", "layer", "blob")
-# those that may be given again when a device gets a new server
+# the source options that may be given again for a device's new server
 _AGAIN = ("username", "password-file", "insecure", "cacert")
 
 
 class _Parser:
-    """One pass over the words."""
+    """One pass over the command line."""
 
     def __init__(self) -> None:
         self.options = Options()
         self.names: list[str] = []
-        self.modes: list[str] = []  # the options that select one, as given
-        self.used: list[str] = []  # our other options
+        self.modes: list[str] = []  # the options that select a mode, as given
+        self.used: list[str] = []  # the other options of _OWN, as given
         self.mounted = False  # -o was given
 
     def parse(self, words: list[str]) -> None:
@@ -383,14 +383,14 @@ def _check_serving(options: Options) -> None:
         raise UsageError("--tls-cert and --tls-key belong together")
     if options.tls_cert is None and (options.tls_ca is not None or options.tls_required):
         raise UsageError("TLS needs --tls-cert and --tls-key")
-    if options.tls_ca is not None:  # clients without a certificate could just leave TLS out
+    if options.tls_ca is not None:  # else clients without a certificate could connect without TLS
         options.tls_required = True
     if options.tls_cert is not None and options.stdio:
         raise UsageError("--stdio is without TLS")
 
 
 def for_exports(options: Options) -> SourceWords:
-    """The source options that hold for what --export names too."""
+    """The source options that apply to the sources of --export as well."""
     words = SourceWords()
     for name, value in options.given:
         if name not in _OF_ONE and not name.startswith("verity"):

@@ -1,4 +1,4 @@
-"""What is done to devices through the driver: connect, connect again, disconnect."""
+"""Operations on nbd devices through the kernel's driver: connect, reconnect, disconnect."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pyerofs_nbd.devices.netlink import Netlink, NetlinkError, reconfigure
 from pyerofs_nbd.devices.sysfs import NO_DRIVER, NO_PRIVILEGE
 from pyerofs_nbd.errors import NbdError
 
-BLOCK_SIZE = 512  # fits every image; the kernel's erofs asks for its own anyway
+BLOCK_SIZE = 512  # suits every image; the kernel's erofs sets its own block size anyway
 CAP_SYS_ADMIN = 21
 AGAIN = 0.05  # seconds between tries
 IOCTL_DISCONNECT = 0xAB08
 
 
 def check_privilege() -> None:
-    """Raise NbdError where attaching can't work for lack of privilege."""
+    """Raise NbdError if this process lacks the privilege to attach devices (CAP_SYS_ADMIN)."""
     try:
         with open("/proc/self/status") as f:
             found = next(line for line in f if line.startswith("CapEff:"))
@@ -32,7 +32,7 @@ def check_privilege() -> None:
 
 
 def driver() -> Netlink:
-    """The driver, loaded if need be.  Raises NbdError."""
+    """Connect to the driver; loads its module if necessary.  Raises NbdError."""
     check_privilege()
     for attempt in range(2):
         try:
@@ -51,14 +51,14 @@ def driver() -> Netlink:
 
 
 def explain(e: OSError) -> NbdError:
-    """A refusal by the driver, in words that help."""
+    """The NbdError, with a helpful message, for an error returned by the driver."""
     if e.errno == errno.EPERM:
         return NbdError(NO_PRIVILEGE)
     return NbdError(f"the nbd driver refuses: {e.strerror}")
 
 
 def disconnect(index: int) -> None:
-    """Take a device away.  Raises OSError."""
+    """Disconnect a device, by ioctl if there is no netlink interface.  Raises OSError."""
     try:
         with Netlink() as netlink:
             netlink.disconnect(index)
@@ -77,11 +77,11 @@ def disconnect(index: int) -> None:
 def reconnect(
     index: int, identifier: str, patience: float, *, size: int | None = None
 ) -> socket.socket | None:
-    """Give a device whose server is dead a new connection; returns our end of it.
+    """Give a device whose server is dead a new connection; returns this process's end of it.
 
-    None where the kernel does not take it within ``patience`` seconds, because it has a connection
-    that lives.  Its answer to RECONFIGURE says nothing about that, but it drops what it does not
-    want.  Blocks.  Raises OSError."""
+    Returns None if the kernel does not accept the connection within ``patience`` seconds, because
+    the device has a live one.  The answer to RECONFIGURE does not tell, but the kernel closes a
+    socket that it does not accept.  Blocks.  Raises OSError."""
     end = time.monotonic() + patience
     with Netlink() as netlink:
         while True:
@@ -103,7 +103,7 @@ def reconnect(
 
 
 def _hung_up(sock: socket.socket) -> bool:
-    """Whether nobody has the other end."""
+    """Whether the peer's end of a socket is closed."""
     poller = select.poll()
     poller.register(sock, select.POLLRDHUP)
     return bool(poller.poll(0))

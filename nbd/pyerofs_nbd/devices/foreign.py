@@ -1,7 +1,7 @@
 """Recovery files of mount.erofs (erofs-utils 1.9): one line, ``TYPE field field…``.
 
-Fields are separated by exactly one space, so that two in a row have an empty field between them;
-the last one may be empty or missing.  What it needs more than we can do is refused by name.
+Exactly one space separates fields, so two spaces in a row have an empty field between them; the
+last field may be empty or missing.  Types that pyerofs-nbd does not support are refused by name.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _DIGEST = re.compile(r"sha256:[0-9a-fA-F]{64}")
 
 
 def parse(data: bytes, *, accept_unpinned: bool) -> Record:
-    """What the file says.  A password in it is kept in the record's ``access``, in memory.
+    """Parse a recovery file.  A password in it goes into the record's ``access``, in memory only.
 
-    Raises NbdError.  ``accept_unpinned``: whether a layer may be named by its position."""
+    Raises NbdError.  ``accept_unpinned``: whether a layer may be given by position, not digest."""
     line = data.split(b"\n", 1)[0]
     if b"\0" in line or not line:
         raise NbdError("not a recovery file")
@@ -72,7 +72,7 @@ def _oci(kind: str, fields: list[str], accept_unpinned: bool) -> Record:
 
 
 def _credentials(field: str) -> tuple[str | None, str | None]:
-    """User name and password; both None where there are none."""
+    """Decode user name and password; both None if the field is empty.  Raises NbdError."""
     if not field:
         return None, None
     try:

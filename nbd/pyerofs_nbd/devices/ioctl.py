@@ -1,5 +1,5 @@
-"""Attach by ioctl, for kernels without the netlink interface.  There is no way back after the
-server's death: the kernel fails all reads, and the device goes."""
+"""Attach devices by ioctl, for kernels without nbd's netlink interface.  Such a device can't be
+recovered: if its server dies, the kernel fails all reads and detaches the device."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from pyerofs_nbd.errors import NbdError
 
 SET_SOCK, SET_BLKSIZE, DO_IT, CLEAR_SOCK = 0xAB00, 0xAB01, 0xAB03, 0xAB04
 SET_SIZE_BLOCKS, SET_TIMEOUT, SET_FLAGS = 0xAB07, 0xAB09, 0xAB0A
-PATIENCE = 10.0  # seconds until the device must be there
+PATIENCE = 10.0  # seconds until the device must be attached
 
 
 def attach(theirs: socket.socket, size: int, wanted: int | None) -> int:
-    """Attach a device to a socket, in a thread that stays until it is gone; returns its number.
+    """Attach a device to a socket, in a thread that lives as long as the attachment; returns the
+    device's number.
 
-    The driver ties a device to the thread that gave it its first socket, which is what makes it
-    ours.  Raises NbdError."""
+    The driver binds a device to the thread that gave it its first socket, so no other process can
+    attach it meanwhile.  Raises NbdError."""
     candidates = [wanted] if wanted is not None else _free()
     for index in candidates:
         found = _Attempt(index, theirs, size)
@@ -51,7 +52,7 @@ def _free() -> list[int]:
 
 
 class _Attempt:
-    """One try with one device."""
+    """One attempt to attach one device."""
 
     def __init__(self, index: int, theirs: socket.socket, size: int) -> None:
         self.error = 0
@@ -67,7 +68,7 @@ class _Attempt:
         self._decided.wait(PATIENCE)
         while not self.error and time.monotonic() < end:
             if sysfs.attached(self._index) and sysfs.size(self._index):
-                self._sock.close()  # the kernel has it
+                self._sock.close()  # the kernel holds its own reference
                 return True
             time.sleep(0.01)
         self.error = self.error or errno.ETIMEDOUT

@@ -1,4 +1,4 @@
-"""mount(2) and umount(2) for a device, with reasons."""
+"""mount(2) and umount(2) for a device; errors name the kernel's reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CLEARED = {
     "atime": "noatime", "diratime": "nodiratime", "loud": "silent", "norelatime": "relatime",
     "nostrictatime": "strictatime", "nolazytime": "lazytime",
 }  # fmt: skip
-# words of fstab that are not for the kernel, and what a read-only image is anyway
+# fstab options that are not for the kernel, and those that a read-only image makes moot
 _IGNORED = {
     "ro", "rw", "defaults", "auto", "noauto", "user", "nouser", "users", "group", "owner", "nofail",
     "_netdev", "loop", "comment",
@@ -31,13 +31,13 @@ FLAT_SINCE = (6, 4)  # Linux
 
 
 def mounts_flat() -> bool:
-    """Whether this kernel's erofs takes one device for an image and its extra devices together."""
+    """Whether this kernel's erofs can mount an image and its extra devices as one flat device."""
     found = re.match(r"(\d+)\.(\d+)", os.uname().release)
     return found is None or (int(found[1]), int(found[2])) >= FLAT_SINCE
 
 
 def flags_and_data(words: list[str]) -> tuple[int, str]:
-    """What mount(2) wants, from the words of ``-o``."""
+    """The flags and data of mount(2) for the options of ``-o``."""
     flags = MS_RDONLY
     data = []
     for word in words:
@@ -79,7 +79,7 @@ def unmount(where: str) -> None:
 
 
 class _KernelLog:
-    """What the kernel says about erofs from now on, where we may read it."""
+    """The kernel's log messages about erofs from now on; none if /dev/kmsg can't be read."""
 
     def __init__(self) -> None:
         self._fd = -1

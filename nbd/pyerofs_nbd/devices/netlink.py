@@ -48,7 +48,7 @@ _ATTRIBUTE = struct.Struct("=HH")
 
 
 class NetlinkError(OSError):
-    """The kernel refuses; ``errno`` as it says, the text with its own words where it has any."""
+    """An error from the kernel: its ``errno``, and in the text its extended-ack message, if any."""
 
     def __init__(self, number: int, said: str = "") -> None:
         super().__init__(number, os.strerror(number) + (f" ({said})" if said else ""))
@@ -56,7 +56,7 @@ class NetlinkError(OSError):
 
 @dataclass(frozen=True)
 class Message:
-    """One message: the netlink type, and for generic ones the command and what follows it."""
+    """One netlink message; the payload of a generic one is a command with attributes."""
 
     kind: int
     flags: int
@@ -74,7 +74,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Family:
-    """Where nbd is: its message type, the highest attribute it knows, its multicast group."""
+    """The nbd netlink family: message type, highest known attribute, multicast groups."""
 
     id: int
     max_attribute: int
@@ -107,7 +107,7 @@ def nested(kind: int, *parts: bytes) -> bytes:
 
 
 def request(kind: int, command: int, body: bytes, sequence: int) -> bytes:
-    """A generic netlink request that wants to be acknowledged."""
+    """A generic netlink request that the kernel acknowledges (NLM_F_ACK)."""
     payload = _GENERIC.pack(command, 1, 0) + body
     flags = NLM_F_REQUEST | NLM_F_ACK
     return _MESSAGE.pack(_MESSAGE.size + len(payload), kind, flags, sequence, 0) + payload
@@ -161,7 +161,7 @@ def reconfigure(
 
 
 def messages(data: bytes) -> Iterator[Message]:
-    """The messages of one datagram.  Raises NetlinkError (EBADMSG) where one is cut off."""
+    """The messages of one datagram.  Raises NetlinkError (EBADMSG) if one is truncated."""
     at = 0
     while at + _MESSAGE.size <= len(data):
         length, kind, flags, sequence, _ = _MESSAGE.unpack_from(data, at)
@@ -172,7 +172,7 @@ def messages(data: bytes) -> Iterator[Message]:
 
 
 def attributes(data: bytes) -> list[tuple[int, bytes]]:
-    """The attributes in a message or in another attribute, by type.  Raises NetlinkError."""
+    """(type, value) of each attribute in a message or attribute.  Raises NetlinkError."""
     found = []
     at = 0
     while at + _ATTRIBUTE.size <= len(data):
@@ -195,7 +195,7 @@ def string(value: bytes) -> str:
 
 
 def check(message: Message) -> None:
-    """Raise NetlinkError where a message is a refusal (an acknowledgement is an error of 0)."""
+    """Raise NetlinkError if a message reports an error (an acknowledgement reports error 0)."""
     if message.kind != NLMSG_ERROR:
         return
     if len(message.payload) < 4 + _MESSAGE.size:
@@ -213,7 +213,7 @@ def check(message: Message) -> None:
 
 
 def family(body: bytes) -> Family:
-    """What the controller says about a family.  Raises NetlinkError."""
+    """Decode the controller's answer to GETFAMILY.  Raises NetlinkError."""
     found = dict(attributes(body))
     groups = {}
     for _, item in attributes(found.get(CTRL_MCAST_GROUPS, b"")):
@@ -225,13 +225,13 @@ def family(body: bytes) -> Family:
 
 
 def index_of(body: bytes) -> int | None:
-    """The device that a message is about."""
+    """The number of the device that a message is about, or None."""
     found = dict(attributes(body)).get(INDEX)
     return None if found is None else number(found)
 
 
 def connected(body: bytes) -> dict[int, bool]:
-    """The answer to STATUS: devices, and whether they are configured (a dead server doesn't show)."""
+    """Decode the answer to STATUS: device -> configured (also True while its server is dead)."""
     states = {}
     for _, item in attributes(dict(attributes(body)).get(DEVICE_LIST, b"")):
         device = dict(attributes(item))
@@ -246,7 +246,7 @@ def connected(body: bytes) -> dict[int, bool]:
 class Netlink:
     """A connection to the driver.  All calls block until the kernel answers.
 
-    Raises NetlinkError; ENOENT from the constructor means that there is no nbd driver here."""
+    Raises NetlinkError; ENOENT from the constructor means that this namespace has no nbd driver."""
 
     def __init__(self) -> None:
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
@@ -257,7 +257,7 @@ class Netlink:
                 try:
                     self._socket.setsockopt(SOL_NETLINK, option, 1)
                 except OSError:
-                    pass  # before Linux 4.12: no words beside the number
+                    pass  # before Linux 4.12: errors come without a message
             self._socket.bind((0, 0))
             self._socket.settimeout(ANSWER_IN)
             answer = self._ask(GENL_ID_CTRL, CTRL_GETFAMILY, text(CTRL_FAMILY_NAME, FAMILY))
@@ -279,12 +279,11 @@ class Netlink:
 
     @property
     def has_identifiers(self) -> bool:
-        """Whether the driver keeps a device's identifier (Linux 5.14): nothing can be recovered
-        without."""
+        """Whether the driver keeps a device's identifier (Linux 5.14), which recovery requires."""
         return self.family.max_attribute >= IDENTIFIER
 
     def connect(self, body: bytes) -> int:
-        """Attach a device; returns its number, which makes it ours."""
+        """Attach a device; returns its number.  No other process can attach it meanwhile."""
         found = index_of(self._ask(self.family.id, CONNECT, body) or b"")
         if found is None:
             raise NetlinkError(errno.EBADMSG)
@@ -294,15 +293,15 @@ class Netlink:
         self._ask(self.family.id, RECONFIGURE, body)
 
     def disconnect(self, index: int) -> None:
-        """Take a device away, whoever uses it.  A device that is not attached gives no error."""
+        """Disconnect a device, even if it is in use.  No error if it is not attached."""
         self._ask(self.family.id, DISCONNECT, u32(INDEX, index))
 
     def status(self) -> dict[int, bool]:
-        """All devices, and whether they are attached."""
+        """Whether each device is attached, by number."""
         return connected(self._ask(self.family.id, STATUS, b"") or b"")
 
     def watch(self) -> None:
-        """Receive LINK_DEAD from now on; for a connection that is used for nothing else."""
+        """Subscribe to LINK_DEAD; the connection must not be used for anything else."""
         self._socket.setsockopt(SOL_NETLINK, ADD_MEMBERSHIP, self.family.groups[GROUP])
         self._socket.setblocking(False)
 
@@ -319,7 +318,7 @@ class Netlink:
                 return found
             except OSError as e:
                 if e.errno == errno.ENOBUFS:
-                    continue  # some were lost; the supervisor also watches its child
+                    continue  # messages were lost; the supervisor also watches its child process
                 raise
             for message in messages(data):
                 if message.kind == self.family.id and message.command == LINK_DEAD:
@@ -338,7 +337,7 @@ class Netlink:
                 break
             for message in messages(self._socket.recv(65536)):
                 if message.sequence != self._sequence:
-                    continue  # late, for a request that was given up
+                    continue  # a late answer to a request that has timed out
                 if message.kind == NLMSG_ERROR:
                     check(message)
                     return found

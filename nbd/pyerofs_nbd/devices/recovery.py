@@ -1,8 +1,8 @@
-"""Recovery files: what it takes to serve an attached device again after its server has died.
+"""Recovery files: the data needed to serve an attached device again after its server has died.
 
-The file's path is the device's identifier in the kernel (``/sys/block/nbdN/backend``).  It is
-written before the device exists and deleted when it is gone.  A living server holds a lock on it,
-which is how everybody else can tell that it lives.  There are no secrets in it.
+The file's path is the device's identifier in the kernel (``/sys/block/nbdN/backend``).  The file is
+written before the device is attached and deleted once it is detached.  A living server holds a lock
+on the file, which tells other processes that it lives.  Recovery files hold no secrets.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OVERRIDE = "PYEROFS_NBD_DIR"  # in the environment
 MAX_SIZE = 1 << 16  # bytes of a recovery file
 HEAD = 65536  # bytes that the fingerprint covers
 
-# of an Access, what a file may tell; the password is only referred to
+# the fields of an Access that a file holds; of the password it holds only where it comes from
 _ACCESS = ("timeout", "cache", "cache_dir", "cache_limit", "prefetch", "prefetch_rate")
 
 
@@ -45,7 +45,7 @@ class Credentials:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Tells whether a source is still the same: bytes in all, and a hash of the first 64 KiB."""
+    """Identifies a source's content: size in bytes, and a hash of the first 64 KiB."""
 
     size: int
     sha256: str
@@ -53,10 +53,10 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Record:
-    """What a recovery file says about a device.
+    """The content of one device's recovery file.
 
-    ``part`` counts the devices that were attached together; only the first has a mount.
-    ``fingerprint`` is None where the file is another program's."""
+    ``part`` numbers the devices that were attached together; only the first is mounted.
+    ``fingerprint`` is None if another program has written the file."""
 
     source: SourceSpec
     fingerprint: Fingerprint | None
@@ -82,12 +82,12 @@ class Record:
 
 
 def fingerprint(size: int, head: bytes) -> Fingerprint:
-    """``head`` is the first ``HEAD`` bytes, or all."""
+    """``head``: the first ``HEAD`` bytes of a source, or all bytes of a shorter one."""
     return Fingerprint(size, hashlib.sha256(head).hexdigest())
 
 
 def from_json(value: object) -> Record:
-    """Raises ValueError or SourceError where it is no record that this version understands."""
+    """Parse a record.  Raises ValueError or SourceError if this version does not understand it."""
     if not isinstance(value, dict) or "pyerofs-nbd" not in value:
         raise ValueError("not a recovery file")
     if value["pyerofs-nbd"] != VERSION:
@@ -130,7 +130,7 @@ def _typed(kind: Any, value: Any, **types: Any) -> Any:
 
 
 def directory(*, make: bool = False) -> str:
-    """Where recovery files are; as its owner only.  Raises NbdError."""
+    """The directory of recovery files.  Raises NbdError if it is not private to this user."""
     where = os.environ.get(OVERRIDE) or DIRECTORY
     try:
         if make:
@@ -154,7 +154,7 @@ def directory(*, make: bool = False) -> str:
 
 
 def token() -> str:
-    """A name for devices that are attached together."""
+    """A random name for a group of devices that are attached together."""
     return secrets.token_hex(8)
 
 
@@ -172,7 +172,7 @@ def is_ours(path: str) -> bool:
 def group(path: str) -> list[str]:
     """The recovery files of all devices that were attached together with this one's, in order.
 
-    Another program's file stands alone."""
+    A file of another program is a group of its own."""
     if not is_ours(path):
         return [path]
     where = os.path.dirname(path)
@@ -189,9 +189,9 @@ def parted(path: str) -> tuple[str, int]:
 
 
 def write(path: str, record: Record) -> int:
-    """Write a recovery file, durably and all at once; returns a descriptor that holds its lock.
+    """Write a recovery file durably and atomically; returns a descriptor that holds its lock.
 
-    Raises NbdError, with nothing left behind."""
+    Raises NbdError, and then leaves no file."""
     where = directory(make=True)
     scratch = os.path.join(where, f".{os.path.basename(path)}.new")
     fd = -1
@@ -223,7 +223,7 @@ def _sync(where: str) -> None:
 def read(path: str) -> bytes:
     """The bytes of a recovery file, ours or another program's.  Raises NbdError.
 
-    It must be a regular file that nobody else could have written: it says what a device shows."""
+    It must be a regular file that no other user can write: it decides a device's content."""
     if not os.path.isabs(path):
         raise NbdError(f"{path!r}: not the path of a recovery file")
     try:
@@ -245,7 +245,7 @@ def read(path: str) -> bytes:
 
 
 def load(path: str) -> Record:
-    """A recovery file of ours.  Raises NbdError."""
+    """Parse a recovery file of pyerofs-nbd.  Raises NbdError."""
     try:
         return from_json(json.loads(read(path)))
     except (ValueError, RecursionError, SourceError) as e:
@@ -253,8 +253,8 @@ def load(path: str) -> Record:
 
 
 def lock(path: str) -> int | None:
-    """Become the one who serves a device: a descriptor that holds the lock, None where somebody
-    else does.  Raises NbdError."""
+    """Lock a recovery file, as the server of its device does; returns a descriptor that holds the
+    lock, or None if another process holds it.  Raises NbdError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as e:
@@ -270,7 +270,7 @@ def lock(path: str) -> int | None:
 
 
 def alive(path: str) -> bool:
-    """Whether somebody serves the device of a recovery file (of ours)."""
+    """Whether a process serves the device of a recovery file (of pyerofs-nbd)."""
     try:
         fd = lock(path)
     except NbdError:
@@ -281,7 +281,7 @@ def alive(path: str) -> bool:
 
 
 def remove(path: str) -> None:
-    """Delete a recovery file.  No error where it is gone."""
+    """Delete a file; errors are ignored."""
     try:
         os.unlink(path)
     except OSError:
@@ -289,16 +289,16 @@ def remove(path: str) -> None:
 
 
 def control_path(path: str) -> str:
-    """The socket on which the server of a recovery file's group can be talked to."""
+    """The control socket of the server of a recovery file's group."""
     first = group(path)[0]
     return os.path.join(directory(), hashlib.sha256(os.fsencode(first)).hexdigest()[:16] + ".sock")
 
 
 def collect() -> list[str]:
-    """Delete what devices and servers that are gone have left; returns the recovery files.
+    """Delete stale recovery files and control sockets; returns the recovery files deleted.
 
-    A file is in use while somebody holds its lock, or while a device has it as its identifier: the
-    lock is there first and the device second, so whatever has neither is over."""
+    A file is in use while a process holds its lock, or while it is a device's identifier.  The lock
+    is taken before the device is attached, so a file with neither is stale."""
     try:
         where = directory()
     except NbdError:
@@ -328,7 +328,7 @@ def collect() -> list[str]:
 
 
 def _old(path: str) -> bool:
-    """Whether it can't be in the making any more."""
+    """Whether a temporary file is an hour old: no process is still writing it then."""
     try:
         return time.time() - os.lstat(path).st_mtime > 3600
     except OSError:

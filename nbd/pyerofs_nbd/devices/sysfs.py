@@ -1,4 +1,4 @@
-"""Block devices as sysfs and /proc show them, and what nbd needs there."""
+"""nbd devices in sysfs and /proc: their state, queue settings and mounts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pyerofs.system.mountinfo import topmost
 from pyerofs_nbd.errors import NbdError
 
 SYSFS = "/sys/block"
-IO_TIMEOUT = 2000  # ms: how long requests that a dead server had wait after a reattach
+IO_TIMEOUT = 2000  # ms that requests taken by a dead server wait after a reattach
 SETTINGS = {"max_sectors_kb": 1024, "read_ahead_kb": 1024}
-GONE_IN = 10.0  # seconds for a device to go after DISCONNECT
+GONE_IN = 10.0  # seconds until a device must be detached after DISCONNECT
 
 
 NO_DRIVER = (
@@ -31,7 +31,7 @@ def node(index: int) -> str:
 
 
 def index_of(name: str) -> int | None:
-    """The number in ``/dev/nbd3`` or ``nbd3``; None where it is no such name."""
+    """The number in ``/dev/nbd3`` or ``nbd3``; None for other names."""
     found = re.fullmatch(r"(?:/dev/)?nbd(\d{1,7})", name, re.ASCII)
     return int(found[1]) if found else None
 
@@ -53,13 +53,13 @@ def backend(index: int) -> str | None:
 
 
 def size(index: int) -> int:
-    """Bytes; 0 for a device that is not attached."""
+    """The device's size in bytes; 0 if it is not attached."""
     found = _read(index, "size")
     return int(found) * 512 if found else 0
 
 
 def attached(index: int) -> bool:
-    """Whether the device is configured, its server dead or alive."""
+    """Whether the device is configured, even if its server is dead."""
     return _read(index, "pid") is not None
 
 
@@ -74,14 +74,14 @@ def devices() -> list[int]:
 
 
 def owned_by(identifier: str) -> list[int]:
-    """The attached devices with this identifier; at most one, unless somebody plays tricks."""
+    """The attached devices with this identifier; at most one, unless a program reuses it."""
     return [i for i in devices() if backend(i) == identifier]
 
 
 def configure(index: int, *, io_timeout: int = IO_TIMEOUT) -> None:
-    """Set what the kernel's defaults are bad at.  CONNECT resets it, so after each.
+    """Set the queue settings whose kernel defaults are unsuitable; CONNECT resets them each time.
 
-    Raises NbdError: without a short ``io_timeout`` (ms), readers wait 30 s after a reattach."""
+    Raises NbdError if ``io_timeout`` (ms) can't be set: reads would wait 30 s after a reattach."""
     queue = f"{SYSFS}/nbd{index}/queue"
     for name, value in ({"io_timeout": io_timeout} | SETTINGS).items():
         try:
@@ -93,7 +93,7 @@ def configure(index: int, *, io_timeout: int = IO_TIMEOUT) -> None:
 
 
 def check_node(index: int) -> None:
-    """Raise NbdError unless the device's node is there."""
+    """Raise NbdError unless the device's node exists and is a block device."""
     try:
         mode = os.stat(node(index)).st_mode
     except OSError as e:
@@ -118,14 +118,14 @@ def number(index: int) -> str:
 
 
 def mounted_at(where: str) -> int | None:
-    """The nbd device that is mounted at a place; the topmost one."""
+    """The number of the nbd device of the topmost mount at ``where``, or None."""
     found = topmost(where)
     return None if found is None else index_of(found.source)
 
 
 def modprobe() -> None:
-    """Try to load the driver; no error where that fails, since it shows soon enough."""
-    import subprocess  # takes longer than all the rest of a --list
+    """Try to load the driver.  Failures are ignored: the callers notice a missing driver."""
+    import subprocess  # its import takes longer than the rest of a --list
 
     try:
         subprocess.run(

@@ -1,1 +1,1 @@
-"""Devices from the first attachment to the last detachment: holding, reattaching, supervising."""
+"""The life cycle of devices: attaching, serving, reattaching, supervising, detaching."""

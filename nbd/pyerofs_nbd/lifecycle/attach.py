@@ -1,7 +1,7 @@
-"""Attach a source to a device of the kernel, and mount it; or undo whatever was done.
+"""Attach a source to an nbd device and mount it; all steps are undone if one fails.
 
-The process that attaches does everything but serving: should its mount hang because the server has
-died, the server's sockets are closed all the same, and the kernel notices.
+The attaching process does everything except serving, and keeps none of the server's sockets: if the
+server dies during the mount, its sockets are closed although mount(2) hangs, and the kernel notices.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 
 ENDS_IN = 10.0  # seconds that a server may take to end before it is killed
-# ms, see sysfs.IO_TIMEOUT: the new server is there after 0.1 s, and the kernel's timer is up to a
-# second late, so that a death costs readers one second on average.  Each request that takes longer
-# is a line in the kernel's log
+# ms, see sysfs.IO_TIMEOUT: a new server is ready after 0.1 s, and the kernel's timer is up to one
+# second late, so a server's death delays reads by one second on average.  The kernel logs a line
+# for each request that takes longer than this timeout
 SUPERVISED_TIMEOUT = 500
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """How servers are to run, in all modes."""
+    """How a server process runs, in all modes."""
 
     foreground: bool = False
     verbose: bool = False
@@ -56,7 +56,7 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be attached, and how.  ``record`` is the pattern of the recovery files."""
+    """What to attach, and how.  ``record`` is the template of the recovery files."""
 
     record: Record
     behaviour: Behaviour
@@ -76,7 +76,7 @@ class Attached:
 
 
 class Child:
-    """A server, as its parent sees it."""
+    """A server process, seen from its parent process."""
 
     def __init__(self, pid: int, channel: socket.socket) -> None:
         self.pid = pid
@@ -84,14 +84,14 @@ class Child:
         self._status: int | None = None
 
     def expect(self, kind: type[M]) -> M:
-        """Wait for a message.  Raises NbdError where the server fails instead."""
+        """Wait for a message of this kind.  Raises NbdError if the server fails instead."""
         message = self._receive()
         if isinstance(message, kind):
             return message
         raise self._failure(message)
 
     def failure(self) -> NbdError:
-        """Why the server ends, after which it has been waited for."""
+        """Wait for the server's last message, or without one for its end; returns the reason."""
         return self._failure(self._receive())
 
     def _failure(self, message: Message | None) -> NbdError:
@@ -106,20 +106,20 @@ class Child:
             return None
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Raises NbdError where the server is no more."""
+        """Send a message.  Raises NbdError if the server has ended."""
         try:
             control.send(self.channel, message, fds)
         except OSError:
             raise self.failure() from None
 
     def wait(self) -> int:
-        """Wait for its end; returns the status that waitpid gives."""
+        """Wait for the server to end; returns its status as waitpid does."""
         if self._status is None:
             self._status = os.waitpid(self.pid, 0)[1]
         return self._status
 
     def exited(self) -> bool:
-        """Whether it has ended."""
+        """Whether the server has ended."""
         if self._status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if not pid:
@@ -128,7 +128,7 @@ class Child:
         return True
 
     def stop(self) -> None:
-        """End it: by hanging up, which makes it undo what it did, or by force."""
+        """End the server: close its channel, so that it undoes its steps; kill it after ENDS_IN."""
         self.channel.close()
         end = time.monotonic() + ENDS_IN
         while not self.exited():
@@ -140,7 +140,7 @@ class Child:
 
 
 def start(job: Job) -> Child:
-    """Start a server; descriptors of ``job.keep`` are its own from then on."""
+    """Start a server process, which takes over the descriptors in ``job.keep``."""
     ours, theirs = control.pair()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -169,7 +169,9 @@ def _serve(job: Job, ours: socket.socket, theirs: socket.socket) -> NoReturn:
 
 
 def attach(plan: Plan) -> Attached:
-    """Attach, mount if that is wanted, and leave a server.  Raises NbdError, with nothing left."""
+    """Attach the plan's devices, mount them if asked to, and leave a server process running.
+
+    Raises NbdError, with all steps undone."""
     from pyerofs_nbd.lifecycle.job import Job
 
     where = plan.record.mountpoint
@@ -251,7 +253,7 @@ def _connect(
     found: Attached,
     undo: ExitStack,
 ) -> None:
-    """Give each part a device, and the server the connections."""
+    """Attach a device for each offer, and send the server its ends of the connections."""
     if plan.wanted is not None and len(offers) > 1:
         raise NbdError(f"--nbd-device: the image needs {len(offers)} devices; let them be chosen")
     with ExitStack() as ends:
@@ -292,8 +294,8 @@ def _configure(indices: Sequence[int], io_timeout: int) -> None:
 
 
 def _end_with_mount(netlink: Netlink, found: Attached) -> None:
-    """From now on the last one to close a device disconnects it.  (Before the mount, anybody who
-    only looked at it would have.)"""
+    """Have the kernel disconnect a device when it is closed for the last time.  (Set before the
+    mount, any program that opened and closed the device would have disconnected it.)"""
     for index, path in zip(found.indices, _identifiers(found), strict=True):
         try:
             netlink.reconfigure(
@@ -313,7 +315,7 @@ def _disconnect(index: int, path: str | None) -> None:
 
 
 def _cut_off(index: int, path: str | None) -> None:
-    """Disconnect a device.  It stays, without content, as long as somebody has it open."""
+    """Disconnect a device.  It stays, without content, as long as a process has it open."""
     try:
         if sysfs.attached(index) and (path is None or sysfs.backend(index) == path):
             disconnect(index)
@@ -330,7 +332,7 @@ def _unmount(where: str, index: int) -> None:
 
 
 def watched(child: Child, action: Callable[[], None], found: Attached) -> None:
-    """Do something that needs the server, but don't wait for ever when it ends meanwhile."""
+    """Run ``action``, which needs the server; fail instead of hanging if the server ends meanwhile."""
     failure: list[BaseException] = []
 
     def act() -> None:
@@ -349,7 +351,7 @@ def watched(child: Child, action: Callable[[], None], found: Attached) -> None:
         if wait not in ready:
             raise child.failure()
     except BaseException:
-        # what hangs fails then; should it be a mount and succeed, then its device can't go yet
+        # a hanging action then fails; a mount that still succeeds keeps its device from going
         for index, path in zip(found.indices, _identifiers(found), strict=True):
             _cut_off(index, path)
         thread.join(ENDS_IN)
@@ -365,12 +367,14 @@ def watched(child: Child, action: Callable[[], None], found: Attached) -> None:
 
 
 def settle(found: Attached, behaviour: Behaviour) -> None:
-    """Tell the server that all is well.  In the foreground it goes on having a parent."""
+    """Tell the server that attaching succeeded, and whether this process stays its parent."""
     found.child.send(Live(behaviour.foreground or behaviour.supervise))
 
 
 def stay(found: Attached) -> int:
-    """Wait for the server's end, handing on signals to stop; returns the exit status."""
+    """Wait for the server to end, forwarding stop signals to it; returns the exit status.
+
+    Raises NbdError."""
 
     def forward(number: int, _: object) -> None:
         if not found.child.exited():
@@ -382,7 +386,7 @@ def stay(found: Attached) -> int:
 
 
 def outcome(found: Attached, status: int) -> int:
-    """What the end of a server means for the exit status.  Raises NbdError."""
+    """The exit status for a server's wait status.  Raises NbdError if the server failed."""
     from pyerofs_nbd.lifecycle.job import HANDED_OVER
 
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) in (0, HANDED_OVER):

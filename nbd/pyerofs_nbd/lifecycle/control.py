@@ -13,22 +13,22 @@ from pyerofs_nbd.lifecycle.messages import Message, parse
 
 MAX_PACKET = 1 << 16
 MAX_FDS = 250
-PATIENCE = 5.0  # seconds for an answer to a question that takes no time
+PATIENCE = 5.0  # seconds to wait for an answer that takes no work
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """The two ends of a channel that keeps packets apart."""
+    """The two ends of a channel that preserves packet boundaries."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def send(channel: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:
-    """Raises OSError where nobody is there any more."""
+    """Send a message.  Raises OSError if the peer has closed the channel."""
     extra = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     channel.sendmsg([json.dumps(message.packet()).encode()], extra)
 
 
 def receive(channel: socket.socket) -> tuple[Message | None, list[int]]:
-    """A message, None at the end, and the descriptors that came with it (close-on-exec).
+    """Receive a message (None at end of stream) and its descriptors (close-on-exec).
 
     Raises OSError."""
     room = socket.CMSG_SPACE(MAX_FDS * 4)
@@ -52,7 +52,7 @@ def decode(data: bytes, extra: list[tuple[int, int, bytes]]) -> tuple[Message | 
 
 
 def dial(path: str) -> socket.socket:
-    """Connect to a server's socket, however long its path.  Raises NbdError."""
+    """Connect to a server's socket; its path may exceed sun_path.  Raises NbdError."""
     where, name = os.path.split(path)
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -69,7 +69,7 @@ def dial(path: str) -> socket.socket:
 
 
 def listen(path: str) -> socket.socket:
-    """Listen there, in place of whoever did before.  Raises OSError."""
+    """Listen on a socket at ``path``, atomically replacing an earlier one.  Raises OSError."""
     where, name = os.path.split(path)
     scratch = f".{os.getpid()}.new"
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -92,7 +92,7 @@ def listen(path: str) -> socket.socket:
 
 
 def ask(path: str, question: Message) -> Message | None:
-    """One question and its answer; None where nobody answers."""
+    """Send a request and return its answer; None if no server answers."""
     try:
         with dial(path) as channel:
             send(channel, question)

@@ -16,8 +16,8 @@ from pyerofs_nbd.lifecycle.reattach import load
 
 
 def rows() -> list[dict[str, Any]]:
-    """One for each device.  ``state`` is alive, dead, disconnected (but
-    somebody has it open) or unknown (where another program serves it)."""
+    """One row for each device.  ``state``: alive, dead, disconnected (but still open in a process)
+    or unknown (served by another program)."""
     return [_row(index) for index in sysfs.devices()]
 
 
@@ -60,7 +60,7 @@ def as_json() -> str:
 
 
 def as_table() -> str:
-    """For people; empty where there are no devices."""
+    """A table for users; empty if there are no devices."""
     found = rows()
     if not found:
         return ""

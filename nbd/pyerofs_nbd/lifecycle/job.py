@@ -1,4 +1,4 @@
-"""What a server of devices is told when it is started.  Light: its parent has no event loop."""
+"""The parameters of a server process.  Cheap to import: its parent process has no event loop."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Part:
 
 @dataclass
 class Job:
-    """What a server is started for.
+    """The parameters of a server process.
 
-    ``known``: the parts of devices that are there already, in order of their recovery files; None
-    for new devices, for which ``record`` is the pattern and ``name`` the recovery files' name."""
+    ``known``: the parts of devices that are attached already, in the order of their recovery files;
+    None for new devices: ``record`` is the template and ``name`` the name of their files."""
 
     record: Record
     name: str = ""
     known: list[Part] | None = None
-    takeover: bool = False  # the locks come with the connections
+    takeover: bool = False  # the old server sends locks and connections together
     recoverable: bool = True  # whether the driver keeps identifiers
     ioctl: bool = False
     wanted: int | None = None  # with ioctl: which device

@@ -1,4 +1,4 @@
-"""What processes that look after devices say to each other, and in which order.
+"""The messages between the processes that manage devices, and their order.
 
 Attaching: the *attacher* is the command; the *holder* is the server that it has forked.
 
@@ -11,8 +11,8 @@ Attaching: the *attacher* is the command; the *holder* is the server that it has
     configures the devices, mounts
     Live ->                               goes on without its parent, or with ``stay`` as its child
 
-A holder that fails says Failed instead.  One whose attacher hangs up before Live detaches the devices
-that were attached for it.
+A holder that fails sends Failed instead.  If the attacher closes the channel before Live, the holder
+detaches the devices that were attached for it.
 
 Afterwards: any process of the same user or root connects to the holder's socket.
 
@@ -21,10 +21,10 @@ Afterwards: any process of the same user or root connects to the holder's socket
                           <- Status
     TakeoverAsked ->                      sends the replies that are under way
                           <- Devices      (with each connection and each lock)
-    Taken ->                              ends; it serves on where the client hangs up instead
+    Taken ->                              ends (but continues if the client closes the channel)
 
-A message is one JSON object in one packet.  Holders of other versions of pyerofs understand these
-objects, so their form does not change.
+A message is one JSON object in one packet.  Processes of different versions of pyerofs exchange these
+objects, so their form must not change.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Packet: TypeAlias = dict[str, Any]
 
 
 class Message(Protocol):
-    """Something that can be sent."""
+    """A message between processes."""
 
     def packet(self) -> Packet:
-        """Its JSON object."""
+        """The message's JSON object."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Offer:
 
 @dataclass(frozen=True)
 class Ready:
-    """The holder can serve.  ``attached``: the numbers of devices that it has attached itself, by
-    ioctl; else -1."""
+    """The holder can serve.  ``attached``: the numbers of the devices that the holder has attached
+    itself, by ioctl; otherwise -1 for each."""
 
     offers: list[Offer]
     attached: list[int]
@@ -83,7 +83,7 @@ class Serving:
 
 @dataclass(frozen=True)
 class Live:
-    """All is well.  ``stay``: the attacher goes on as the holder's parent."""
+    """Attaching has succeeded.  ``stay``: the attacher stays the holder's parent."""
 
     stay: bool
 
@@ -103,7 +103,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class StatusAsked:
-    """How is it going?"""
+    """Asks the holder for its Status."""
 
     def packet(self) -> Packet:
         return {"ask": "status"}
@@ -111,14 +111,14 @@ class StatusAsked:
 
 @dataclass(frozen=True)
 class Status:
-    """What a holder has done so far."""
+    """The holder's counters so far."""
 
     pid: int
     requests: int
     bytes: int  # sent to the devices
     failures: int
-    fetched: int | None  # bytes over the network; None where nothing is far away
-    verified: bool | None  # whether all sources with a digest are; None where none has one
+    fetched: int | None  # bytes over the network; None if all sources are local
+    verified: bool | None  # whether all sources with a digest are verified; None without any
 
     def packet(self) -> Packet:
         return {
@@ -133,7 +133,7 @@ class Status:
 
 @dataclass(frozen=True)
 class TakeoverAsked:
-    """Hand the devices over."""
+    """Asks the holder to hand its devices over."""
 
     def packet(self) -> Packet:
         return {"ask": "takeover"}
@@ -141,7 +141,7 @@ class TakeoverAsked:
 
 @dataclass(frozen=True)
 class Devices:
-    """What is handed over: each device's number and the path of its recovery file."""
+    """The devices handed over: each one's number and the path of its recovery file."""
 
     devices: list[tuple[int, str | None]]
 
@@ -159,14 +159,14 @@ class Taken:
 
 @dataclass(frozen=True)
 class Unknown:
-    """A packet that makes no sense here."""
+    """A packet that is no known message."""
 
     def packet(self) -> Packet:
         return {}
 
 
 def parse(packet: object) -> Message:
-    """The message that a JSON value stands for; Unknown where it stands for none."""
+    """The message that a JSON value encodes; Unknown if it encodes none."""
     try:
         return _parse(packet)
     except (KeyError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Serve devices again whose server is dead, or in place of one that lives."""
+"""Start a new server for attached devices: after their server's death, or in its place."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pyerofs_nbd.lifecycle.messages import Devices, Ready, Serving, Taken, Takeo
 if TYPE_CHECKING:
     from pyerofs_nbd.devices.recovery import Record
 
-NOTICED_IN = 10.0  # seconds for the kernel to notice that a server is dead, when we know it
-STRANGERS_IN = 2.0  # the same when we can't know: then it may as well live
-HANDING_OVER = 30.0  # seconds for a server to finish what it has begun
+NOTICED_IN = 10.0  # seconds for the kernel to notice the death of a server whose lock is free
+STRANGERS_IN = 2.0  # the same for servers of other programs, which may as well be alive
+HANDING_OVER = 30.0  # seconds for a server to finish its requests in flight
 
 
 class Alive(NbdError):
@@ -30,7 +30,7 @@ class Alive(NbdError):
 
 @dataclass(frozen=True)
 class Group:
-    """Devices that were attached together, as far as they are still there."""
+    """Devices that were attached together, as far as they are still attached."""
 
     indices: list[int]
     paths: list[str]
@@ -38,7 +38,7 @@ class Group:
 
     @property
     def ours(self) -> bool:
-        """Whether pyerofs-nbd has attached them, not mount.erofs."""
+        """Whether pyerofs-nbd has attached the devices, not mount.erofs."""
         return self.records[0].fingerprint is not None
 
     @property
@@ -47,9 +47,9 @@ class Group:
 
 
 def resolve(target: str) -> int:
-    """The device that is meant by its name, its mount point or its recovery file.
+    """The number of the device with this name, mount point or recovery file.
 
-    Raises NbdError where it is not attached."""
+    Raises NbdError if it is not attached."""
     index = sysfs.index_of(target)
     if index is None:
         index = sysfs.mounted_at(os.path.realpath(target))
@@ -63,7 +63,7 @@ def resolve(target: str) -> int:
 
 
 def load(path: str, *, accept_unpinned: bool = False) -> Record:
-    """A recovery file, ours or mount.erofs'.  Raises NbdError."""
+    """Parse a recovery file of pyerofs-nbd or mount.erofs.  Raises NbdError."""
     data = recovery.read(path)
     if data[:1] == b"{":
         return recovery.load(path)
@@ -74,7 +74,7 @@ def load(path: str, *, accept_unpinned: bool = False) -> Record:
 
 
 def group_of(index: int, *, accept_unpinned: bool = False) -> Group:
-    """The devices that were attached together with one.  Raises NbdError."""
+    """A device and those that were attached together with it.  Raises NbdError."""
     backend = sysfs.backend(index)
     if not backend:
         raise NbdError(f"{sysfs.node(index)}: was attached without a recovery file")
@@ -107,9 +107,9 @@ def _job(group: Group, locks: list[int], behaviour: Behaviour, *, takeover: bool
 
 
 def reattach(group: Group, behaviour: Behaviour) -> Attached:
-    """Start a server for devices whose own is dead.
+    """Start a new server for devices whose server is dead.
 
-    Raises Alive where it is not, NbdError where it fails; nothing has changed then."""
+    Raises Alive if it is not dead, NbdError on failure; nothing has changed then."""
     driver().close()
     if group.ours:
         recovery.directory(make=True)
@@ -149,9 +149,9 @@ def _renewed(index: int, path: str, patience: float, size: int | None) -> socket
 
 
 def take_over(group: Group, behaviour: Behaviour) -> Attached:
-    """Start a server that continues the work of one that lives, without an interruption.
+    """Start a server that replaces a living one, without an interruption.
 
-    Raises NbdError; the old one then goes on."""
+    Raises NbdError; the old server then continues."""
     if not group.ours or not recovery.alive(group.paths[0]):
         raise NbdError(
             f"{group.names}: no living server of pyerofs-nbd to take over from;"

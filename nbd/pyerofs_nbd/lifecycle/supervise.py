@@ -1,4 +1,4 @@
-"""Stay with a server, and start another one when it dies."""
+"""Supervise a server process: wait for its end, and start a new one if it has died."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from pyerofs_nbd.lifecycle.reattach import Alive, Group, reattach
 
 log = logging.getLogger("pyerofs-nbd")
 
-NOTICED_IN = 1.0  # seconds to wait for the kernel's notice of a death, which takes a millisecond
+NOTICED_IN = 1.0  # seconds to wait for the kernel's LINK_DEAD after a death; it takes a millisecond
 DELAYS = (0.0, 0.1, 0.5, 2.0, 10.0, 30.0)  # seconds before each try; the last one is repeated
-CALM = 2.0  # seconds of life after which a server's death is not one of a row
+CALM = 2.0  # seconds of life after which a server's death does not count as repeated
 
 
 def supervise(found: Attached, records: list[Record], behaviour: Behaviour) -> int:
-    """Returns the exit status when the devices are gone, or somebody else serves them.
+    """Replace the server whenever it dies; returns the exit status once the devices are gone or
+    another process serves them.
 
-    ``records``: of the recovery files, in order, with everything it takes to open the source."""
+    ``records``: of the recovery files, in order, with everything needed to open the source."""
     stopping = False
 
     def forward(number: int, _: object) -> None:
@@ -69,7 +70,7 @@ def _end_of(found: Attached) -> int:
 
 
 def _left(found: Attached, records: list[Record]) -> Group:
-    """What is still attached."""
+    """The devices that are still attached."""
     left = Group([], [], [])
     for index, path, record in zip(found.indices, found.paths, records, strict=True):
         if sysfs.attached(index) and sysfs.backend(index) == path:
@@ -80,8 +81,8 @@ def _left(found: Attached, records: list[Record]) -> Group:
 
 
 def _wait_for(netlink: Netlink, indices: set[int]) -> None:
-    """Wait until the kernel says that the connections are dead; not for long, since it may have
-    said so before."""
+    """Wait for LINK_DEAD from the kernel for all devices; at most NOTICED_IN seconds, since it may
+    have come before."""
     end = time.monotonic() + NOTICED_IN
     while indices and (left := end - time.monotonic()) > 0:
         if select.select([netlink], [], [], left)[0]:
@@ -91,7 +92,7 @@ def _wait_for(netlink: Netlink, indices: set[int]) -> None:
 def _again(
     found: Attached, records: list[Record], behaviour: Behaviour, deaths: int
 ) -> Attached | None:
-    """A new server, as soon as there can be one; None where none is needed any more."""
+    """Start a new server, retrying until it succeeds; None if no server is needed any more."""
     attempt = deaths
     while True:
         time.sleep(DELAYS[min(attempt, len(DELAYS) - 1)] if attempt else 0)

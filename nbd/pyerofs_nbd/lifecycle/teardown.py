@@ -1,4 +1,4 @@
-"""Unmount and disconnect devices, and remove what is left of them."""
+"""Unmount and disconnect devices, and remove their files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyerofs_nbd.lifecycle.reattach import resolve
 
 
 def unmount_target(target: str) -> None:
-    """Unmount a mount point, or all of a device's, and disconnect what nobody uses any more.
+    """Unmount a mount point, or all of a device's, and disconnect devices no longer mounted.
 
     Raises NbdError."""
     check_privilege()
@@ -36,7 +36,7 @@ def unmount_target(target: str) -> None:
 
 
 def disconnect_target(target: str) -> list[str]:
-    """Disconnect a device, whoever uses it; returns where it was mounted.  Raises NbdError."""
+    """Disconnect a device, even if it is in use; returns its mount points.  Raises NbdError."""
     check_privilege()
     index = resolve(target)
     left = [mount.where for mount in groups.mounts_of(index)]
@@ -54,6 +54,6 @@ def _take_away(index: int, identifier: str | None) -> None:
         disconnect(index)
     except OSError as e:
         raise explain(e) from None
-    # (the kernel keeps the shell of a device until nobody has it open any more)
+    # (the kernel keeps an empty device until the last process closes it)
     if not mounted and not sysfs.wait_gone(index, identifier):
         raise NbdError(f"{sysfs.node(index)}: is disconnected, but somebody still has it open")
