@@ -1,7 +1,7 @@
-"""Replies that go out together, in one system call.
+"""Batches of replies, each sent by one system call.
 
-Small reads of files that are in the page cache go from there into one buffer, headers between them:
-no object is made for each, and the kernel is handed one range instead of dozens.
+Small reads that hit the page cache go directly into one buffer, with the headers between them: no
+object is made for each reply, and the kernel is passed one range instead of dozens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pyerofs.sources.base import Buffer
 from pyerofs_nbd.server.protocol import Request
 
 SMALL = 32 << 10  # bytes: the largest read that ``read`` is meant for
-ENOUGH = 32 << 10  # bytes to send together; the client works on them while we fill the next batch
+ENOUGH = 32 << 10  # bytes of a full batch; the client works on it while the next one is filled
 MAX_PARTS = 900  # below IOV_MAX (1024)
 ROOM = ENOUGH + SMALL + 4096  # a batch that is not full takes one more reply
 
@@ -24,28 +24,28 @@ Head: TypeAlias = Callable[[int, int, int], bytes]  # cookie, offset, length -> 
 
 
 class Batch:
-    """Gathers replies; ``take`` what is there, and ``clear`` when it was sent."""
+    """Gathers replies: ``take`` them, send them, ``clear`` the batch."""
 
     def __init__(self, head: Head) -> None:
         """``head`` makes the header of a successful read."""
         self.size = 0  # bytes gathered
-        self.payload = 0  # those of them that are data
+        self.payload = 0  # bytes of data among them
         self._head = head
         self._length = len(head(0, 0, 0))
         self._parts: list[Buffer] = []
         self._view = memoryview(bytearray(ROOM))
-        self._from = self._at = 0  # what of it is not among the parts yet
+        self._from = self._at = 0  # the range of the view not yet among the parts
         self.can_read = bool(RWF_NOWAIT)
 
     @property
     def full(self) -> bool:
-        """Whether it should be sent before more is added."""
+        """Whether the batch should be sent before more replies are added."""
         return self.size >= ENOUGH or len(self._parts) >= MAX_PARTS
 
     def read(self, requests: Sequence[Request], start: int, size: int, fd: int, base: int) -> int:
-        """Add the replies to reads, from the file that has the export's bytes (``size`` of them) from
-        ``base`` on, as long as they are plain, small and at the kernel's hand, and the batch is not
-        full.  Returns which request was the first that it did not take, beginning with ``start``."""
+        """Add replies to ``requests`` from ``start`` on, as long as they are plain, small reads that
+        hit the page cache, and the batch is not full.  The export's bytes (``size`` of them) lie in
+        the file from ``base`` on.  Returns the index of the first request that was not answered."""
         view, at, head, header = self._view, self._at, self._head, self._length
         preadv, nowait = os.preadv, RWF_NOWAIT
         stop = at + ENOUGH - self.size
@@ -66,7 +66,7 @@ class Batch:
         except BlockingIOError:
             pass
         except OSError:
-            self.can_read = False  # a file system that does not know RWF_NOWAIT, or is in trouble
+            self.can_read = False  # the file system has no RWF_NOWAIT, or the read failed
         self.size += at - self._at
         self.payload += at - self._at - (n - start) * header
         self._at = at
@@ -89,11 +89,11 @@ class Batch:
             self._from = self._at
 
     def take(self) -> list[Buffer]:
-        """What is to be sent; it must not change before ``clear``."""
+        """The parts to send; the batch must not change before ``clear``."""
         self._close_run()
         return self._parts
 
     def clear(self) -> None:
-        """Start again."""
+        """Empty the batch."""
         self._parts.clear()
         self._from = self._at = self.size = self.payload = 0

@@ -1,4 +1,4 @@
-"""A bound on what is in flight."""
+"""A bound on the bytes or requests in flight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import trio
 
 
 class Budget:
-    """So many bytes (or requests) at once; who wants more waits, first come first served."""
+    """A FIFO semaphore counted in bytes (or requests)."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -17,7 +17,7 @@ class Budget:
         self._waiting: deque[tuple[int, trio.Event]] = deque()
 
     def take_now(self, amount: int) -> bool:
-        """Take an amount if that takes no waiting."""
+        """Take an amount if that needs no waiting; returns whether it was taken."""
         if self._waiting or amount > self.free:
             return False
         self.free -= amount
@@ -30,8 +30,8 @@ class Budget:
         patience: float = float("inf"),
         complain: Callable[[], None] | None = None,
     ) -> None:
-        """Take an amount of at most ``limit``.  ``complain`` is called whenever that has taken
-        another ``patience`` seconds.  A checkpoint only if it has to wait."""
+        """Take an amount of at most ``limit``.  ``complain`` is called after every ``patience``
+        seconds of waiting.  A checkpoint only if it has to wait."""
         if self.take_now(amount):
             return
         entry = (amount, trio.Event())
@@ -47,11 +47,11 @@ class Budget:
                 self.give(amount)
             else:
                 self._waiting.remove(entry)
-                self.give(0)  # those behind may fit
+                self.give(0)  # the next waiters may fit
             raise
 
     def give(self, amount: int) -> None:
-        """Give back what was taken."""
+        """Return an amount, and wake the waiters that fit then."""
         self.free += amount
         while self._waiting and self._waiting[0][0] <= self.free:
             wanted, granted = self._waiting.popleft()

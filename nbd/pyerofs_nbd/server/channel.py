@@ -1,8 +1,8 @@
-"""How the server talks to one client: a socket, a pair of pipes, or TLS over a socket.
+"""A client's byte stream: a socket, a pair of pipes, or TLS over a socket.
 
-None of these is a checkpoint where it needs no waiting: a checkpoint costs as much as a dozen small
-reads.  One task at a time may be sending; to cancel it leaves the stream in pieces.  A client that went
-away is one of GONE from any of them, or 0 bytes received.
+Calls on sockets and pipes are checkpoints only if they have to wait: a checkpoint costs as much as a
+dozen small reads.  One task at a time may send; cancelling it leaves a partial message in the stream.
+If the client has disconnected, any call raises one of GONE, or ``receive`` returns 0.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ import trio
 
 from pyerofs.sources.base import Buffer
 
-MAX_SENDFILE = 2 << 20  # bytes a call: what it sends at once holds up all other clients
-CHUNK = 64 << 10  # bytes received at once where it can't be done in place
-LAST = int(socket.MSG_NOSIGNAL)  # plain numbers: putting enumerations together takes microseconds
+MAX_SENDFILE = 2 << 20  # bytes per call, which delays all other clients meanwhile
+CHUNK = 64 << 10  # bytes per call of a TLS stream, which copies them
+LAST = int(socket.MSG_NOSIGNAL)  # plain integers: combining enum flags takes microseconds
 MORE = int(socket.MSG_NOSIGNAL | socket.MSG_MORE)
 GONE = (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError)
 
 
 class Channel(Protocol):
-    """One client's connection.  ``stalled`` is the trio time since when nothing could be sent, because
-    the client does not read; inf otherwise."""
+    """One client's connection.  ``stalled``: the trio time since which sending has been blocked,
+    because the client does not read; inf otherwise."""
 
     stalled: float
 
     async def receive(self, into: memoryview) -> int:
-        """Bytes received, 0 at the end."""
+        """Receive into a buffer; returns the number of bytes, 0 at end of stream."""
 
     async def send(self, parts: Sequence[Buffer], *, more: bool = False) -> None:
-        """Send all parts.  ``more`` follows at once."""
+        """Send all parts.  ``more``: whether further data follows at once."""
 
     @property
     def sends_files(self) -> bool:
         """Whether ``send_file`` can be used."""
 
     async def send_file(self, fd: int, offset: int, length: int) -> None:
-        """Send a part of a file without having it in memory.  Reads from the disk if it must, which
-        holds up everything.  Raises OSError too where the file ends early."""
+        """Send a range of a file by sendfile(2).  Blocks the event loop if the range has to be read
+        from the disk.  Raises OSError also if the file ends early."""
 
     def wake(self) -> None:
-        """Have ``receive`` raise trio.ClosedResourceError if it is waiting; nothing is lost by that,
-        and ``send`` goes on."""
+        """Have a waiting ``receive`` raise trio.ClosedResourceError; no data is lost, and ``send``
+        continues."""
 
     async def aclose(self) -> None:
-        """End the connection.  Never raises but when cancelled, and closes all the same."""
+        """Close the connection.  Raises only Cancelled, and closes it even then."""
 
 
 class SocketChannel:
@@ -113,7 +113,7 @@ class SocketChannel:
 
 
 class PipeChannel:
-    """Two pipes (or terminals, or what else a process may be started with), which are then owned."""
+    """Two pipes (or terminals, or whatever else stdin and stdout may be).  Owns them."""
 
     sends_files = False
 
@@ -121,7 +121,7 @@ class PipeChannel:
         self.stalled = inf
         self._read = read
         self._write = write
-        # others may have the same pipes: how they were is how they will be left
+        # other processes may share the pipes, so ``aclose`` restores their blocking mode
         self._was = [(fd, os.get_blocking(fd)) for fd in (read, write)]
         for fd, _ in self._was:
             os.set_blocking(fd, False)
@@ -161,11 +161,11 @@ class PipeChannel:
                 os.set_blocking(fd, blocking)
                 os.close(fd)
             except OSError:
-                pass  # whatever it was, it is gone
+                pass  # closed already
 
 
 class TlsChannel:
-    """TLS over a socket.  Bytes are copied several times on this way; it is a few times slower."""
+    """TLS over a socket; a few times slower, since bytes are copied several times."""
 
     sends_files = False
 
@@ -173,11 +173,11 @@ class TlsChannel:
         self.stalled = inf
         self._sock = sock
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
-        # https_compatible: that a client does not say goodbye is no error
+        # https_compatible: a client need not send close_notify
         self._stream = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
 
     async def shake_hands(self) -> None:
-        """Raises what GONE lists."""
+        """Do the TLS handshake.  Raises what GONE lists."""
         await self._stream.do_handshake()
 
     async def receive(self, into: memoryview) -> int:
@@ -214,13 +214,13 @@ async def _writable(channel: Channel, fd: int) -> None:
     try:
         await trio.lowlevel.wait_writable(fd)
     except trio.ClosedResourceError:
-        pass  # woken, for the receiver's sake; or closed, which the next try will find
+        pass  # woken by ``wake``; or closed, which the next attempt reports
     finally:
         channel.stalled = inf
 
 
 def unsent(parts: Sequence[Buffer], sent: int) -> list[Buffer]:
-    """What is left of ``parts`` after their first ``sent`` bytes."""
+    """The remainder of ``parts`` after their first ``sent`` bytes."""
     for n, part in enumerate(parts):
         if sent < len(part):
             return [memoryview(part)[sent:], *parts[n + 1 :]]

@@ -1,13 +1,13 @@
 """Serve sources to NBD clients.
 
-One task per connection: it receives as many requests as there are, answers at once those whose bytes
-are at hand (``peek``, or the kernel's page cache by ``sendfile``), all replies in one system call, and
-leaves the others to tasks of their own, which reply when they are done, in whatever order.  A
-connection that has too much in flight is not read from until that is better.  So a slow source never
-delays what is at hand, and a client that does not read delays only itself.
+One task per connection receives all available requests, answers at once those whose bytes are cached
+(``peek``, or the page cache by ``sendfile``) in one system call, and starts a task for each of the
+others, which replies when it is done, in any order.  A connection that has too much in flight is not
+read from until replies have gone out.  So a slow source never delays cached reads, and a client that
+does not read delays only itself.
 
-Bytes are fetched before a reply's header is sent: failures can always be reported.  The exception is
-a file that shrinks or fails while ``sendfile`` is at it; then the connection ends.
+Bytes are fetched before a reply's header is sent, so failures can always be reported.  The exception
+is a file that shrinks or fails during ``sendfile``: it ends the connection.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from pyerofs_nbd.server.pagecache import PageCache
 
 log = logging.getLogger("pyerofs-nbd")
 
-HANDSHAKE_SECONDS = 30.0  # for all of it; people at an nbdsh prompt are slower, but can try again
-IDLE = 1.0  # seconds without a request after which a connection gives way where there is no room
-SILENT = 0.25  # seconds of a handshake, likewise
-LINGER = 30.0  # seconds that replies in flight may take after the client has said goodbye
-STALLED = 30.0  # seconds after which who reads nothing may lose what others wait for
-RECEIVE = p.REQUEST.size * 2340  # just below 64 KiB, so that a burst leaves no part of a request
-TURN = 32  # requests after which others get their turn
-LARGE = 1 << 20  # bytes; what is larger is accounted for before it is in memory
+HANDSHAKE_SECONDS = 30.0  # for all of it; users at an nbdsh prompt are slower, but can reconnect
+IDLE = 1.0  # seconds without a request after which a connection may be ended for a waiting client
+SILENT = 0.25  # the same for seconds of a handshake
+LINGER = 30.0  # seconds that replies in flight may take after the client's DISC
+STALLED = 30.0  # seconds after which a connection that reads nothing may be ended for its memory
+RECEIVE = p.REQUEST.size * 2340  # just below 64 KiB, a multiple: a burst leaves no partial request
+TURN = 32  # requests after which other tasks run
+LARGE = 1 << 20  # bytes; larger reads are charged to the budgets before they are in memory
 MAX_REQUESTS = 256  # in flight, of one connection; Linux sends at most 128
 MAX_BYTES = 64 << 20  # the same in bytes: two of the largest reads
 ALL_BYTES = 256 << 20  # of all connections
@@ -50,8 +50,8 @@ LOG_EVERY = 1.0  # seconds between two lines about failing reads of one export
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """A source under a name.  The source stays the caller's, who closes it when the server is done.
-    The description is for people."""
+    """A source under a name.  The caller owns the source, and closes it after the server is done.
+    The description is text for users."""
 
     name: str
     source: AsyncSource
@@ -60,9 +60,8 @@ class Export:
 
 @dataclass(slots=True)
 class Statistics:
-    """What has been done so far, counted just before the replies are sent.  ``bytes`` counts the data
-    of successful reads; ``errors`` the requests that were answered by an error; ``failures`` those of
-    them that were the source's."""
+    """Counters, updated just before the replies are sent.  ``bytes``: data of successful reads;
+    ``errors``: requests answered by an error; ``failures``: those caused by the source."""
 
     connections: int = 0
     requests: int = 0
@@ -81,8 +80,8 @@ class Server:
         tls: ssl.SSLContext | None = None,
         tls_required: bool = False,
     ) -> None:
-        """The first export is also the one that has no name.  With ``tls`` clients may use TLS; with
-        ``tls_required`` they must.  Raises ValueError where names are not unique."""
+        """The first export also answers to the empty name.  With ``tls`` clients may use TLS; with
+        ``tls_required`` they must.  Raises ValueError if names are not unique."""
         if not exports or len({e.name for e in exports}) < len(exports):
             raise ValueError("exports need names of their own")
         if tls_required and tls is None:
@@ -108,8 +107,8 @@ class Server:
         await self.serve_channel(SocketChannel(sock), handshake)
 
     async def serve_channel(self, channel: Channel, handshake: float | None = None) -> None:
-        """The same for any channel.  TLS is for sockets only.  ``handshake``: seconds that it may take,
-        by default HANDSHAKE_SECONDS."""
+        """``serve_client`` for any channel.  TLS is for sockets only.  ``handshake``: seconds that the
+        handshake may take, by default HANDSHAKE_SECONDS."""
         if self.stopping:
             await channel.aclose()
             return
@@ -142,7 +141,7 @@ class Server:
         is left open, in non-blocking mode.  ``export`` need not be one of the server's."""
         self.statistics.connections += 1
         served = self._served.get(id(export)) or _Served(export)
-        # a kernel that has said goodbye reads no more replies
+        # the kernel reads no replies after its DISC
         transmission = _Transmission(self, SocketChannel(sock), served, linger=0.0)
         try:
             with trio.CancelScope() as scope:
@@ -167,8 +166,8 @@ class Server:
             scope.cancel()
 
     def release(self) -> None:
-        """For handing connections over to another process: every ``serve_transmission`` takes no more
-        requests, answers those that it took, and returns; the stream is then between two messages."""
+        """For handing connections over to another process: every ``serve_transmission`` receives no
+        more requests, answers those received, and returns with the stream at a message boundary."""
         self.releasing = True
         for transmission in self._serving:
             transmission.channel.wake()
@@ -176,7 +175,7 @@ class Server:
     # --- inside -------------------------------------------------------------------------------
 
     async def _negotiate(self, channel: Channel) -> tuple[Channel, p.Transmit | None]:
-        """The handshake.  Raises what GONE lists."""
+        """Do the handshake; None if it ends the connection.  Raises what GONE lists."""
         infos = [p.ExportInfo(e.name, e.source.size, e.description) for e in self.exports]
         tls = self.tls is not None and isinstance(channel, SocketChannel)
         shake = p.Handshake(infos, tls=tls, tls_required=self.tls_required)
@@ -218,11 +217,11 @@ class Server:
             del self._serving[transmission]
 
     def give_way(self) -> None:
-        """A client waits for a place: end the connection that is idle for longest.  First come those
-        that have said nothing in their handshake; one with a request or reply in flight never goes."""
+        """End the connection that has been idle longest, for a client that waits for a slot.  Those in
+        their handshake are ended first; one with a request or reply in flight never is."""
         now = trio.current_time()
         if any(scope.cancel_called for scope in self._scopes):
-            return  # one is about to go
+            return  # a connection is ending already
         silent = [(since, s.cancel) for s, since in self._greeting.items() if now - since > SILENT]
         idle = [(t.since, t.cancel) for t in self._serving if t.idle_now and now - t.since > IDLE]
         for found in (silent, idle):
@@ -232,8 +231,8 @@ class Server:
                 return
 
     def evict(self) -> None:
-        """Somebody has waited long for others' bytes: end the connection that has held some for the
-        longest time without reading them."""
+        """End the connection that has held bytes of the budget for longest without reading them, for a
+        connection that has waited long for bytes."""
         idle = [
             t for t in self._serving if t.held and trio.current_time() - t.channel.stalled > STALLED
         ]
@@ -243,7 +242,7 @@ class Server:
 
 
 class _Served:
-    """An export, and what all its connections share."""
+    """An export, and the state that all its connections share."""
 
     def __init__(self, export: Export) -> None:
         self.export = export
@@ -253,7 +252,7 @@ class _Served:
         self._unsaid = 0
 
     def failed(self, error: Exception) -> None:
-        """Log a failed read: one line, and not too many of them."""
+        """Log a failed read, at most once in LOG_EVERY seconds."""
         now = trio.current_time()
         if now < self._silent_until:
             self._unsaid += 1
@@ -310,7 +309,7 @@ class _Transmission:
         )
 
     def cancel(self) -> None:
-        """End it, whatever is in flight."""
+        """End the connection, even with requests in flight."""
         self._scope.cancel()
 
     async def idle(self) -> None:
@@ -320,7 +319,7 @@ class _Transmission:
             await self._idle.wait()
 
     async def run(self, left: bytes) -> bool:
-        """Serve until it ends; ``left`` is what was received already.  True if it ended with a DISC.
+        """Serve until the connection ends; ``left``: bytes already received.  True after a DISC.
 
         Raises what GONE lists, alone or in groups."""
         leaving = False
@@ -334,7 +333,7 @@ class _Transmission:
         return leaving
 
     async def _receive(self, left: bytes, nursery: trio.Nursery) -> bool:
-        """Receive and answer; True at a DISC."""
+        """Receive and answer requests; True at a DISC."""
         decoder = p.Decoder()
         buffer = memoryview(bytearray(max(RECEIVE, len(left))))
         buffer[: len(left)] = left
@@ -373,8 +372,8 @@ class _Transmission:
                 return leaving
 
     async def _answer(self, requests: Sequence[p.Request], nursery: trio.Nursery) -> bool:
-        """Answer what can be answered at once, into the batch, which is sent whenever it is full, and
-        leave the rest to tasks; True at a DISC."""
+        """Answer the requests that need no waiting, into the batch, which is sent whenever it is full,
+        and start tasks for the others; True at a DISC."""
         batch, size = self._batch, self._source.size
         self._statistics.requests += len(requests)
         at = 0
@@ -439,7 +438,7 @@ class _Transmission:
     # --- what takes longer --------------------------------------------------------------------
 
     async def _leave(self, request: p.Request, task: _Task, nursery: trio.Nursery) -> None:
-        """Leave a request to a task of its own, as soon as there is room for one more."""
+        """Start a task for a request, once the budgets have room for it."""
         amount = request[5] if request[2] == p.CMD_READ else 0
         if not self._requests.take_now(1):
             await self._flush()
@@ -466,10 +465,10 @@ class _Transmission:
             self._idle.set()
 
     async def _fetch(self, request: p.Request) -> None:
-        """Answer a read whose bytes have to be waited for, or are many."""
+        """Answer a read that is large or has to wait for its bytes."""
         _, _, _, cookie, offset, length = request
         try:
-            # (what is larger was not looked for before, so that its memory is accounted for)
+            # (``_read`` has not tried this for large reads: their memory was not accounted for yet)
             found = self._source.peek(offset, length) if length > LARGE else None
             if found is None:
                 found = await self._source.read_at(offset, length)
@@ -496,13 +495,13 @@ class _Transmission:
             try:
                 extents = await trio.to_thread.run_sync(look)
             except OSError:
-                pass  # reading will tell
+                pass  # reading will report the error
         await self._send([p.block_status(cookie, extents)])
 
     # --- sending ------------------------------------------------------------------------------
 
     async def _flush(self) -> None:
-        """Send what has been gathered."""
+        """Send the batch."""
         if self._batch.size:
             await self._acquire()
             try:
@@ -516,7 +515,7 @@ class _Transmission:
         self._batch.clear()
 
     async def _send_file(self, fd: int, offset: int, length: int) -> None:
-        """Send what has been gathered, and a part of a file."""
+        """Send the batch, then a range of a file."""
         await self._acquire()
         try:
             await self._flush_locked(more=True)
@@ -533,7 +532,7 @@ class _Transmission:
             self._sending.release()
 
     async def _acquire(self) -> None:
-        """Take the right to send; no checkpoint where nobody has it."""
+        """Take the send lock; a checkpoint only if another task holds it."""
         try:
             self._sending.acquire_nowait()
         except trio.WouldBlock:

@@ -15,7 +15,7 @@ Extent = tuple[int, int]  # length in bytes, state
 
 def extents(fd: int, offset: int, length: int, *, limit: int = MAX_EXTENTS) -> list[Extent]:
     """The state of consecutive ranges from ``offset`` on: at least one, at most ``limit``, never more
-    than ``length`` bytes in all.  What can't be told counts as data.  May block."""
+    than ``length`` bytes in all.  Ranges of unknown state count as data.  May block."""
     found: list[Extent] = []
     at, end = offset, offset + length
     while at < end and len(found) < limit:
@@ -37,8 +37,8 @@ def _data(fd: int, offset: int) -> int:
     except OSError as e:
         if e.errno != errno.ENXIO:
             return offset
-        # a hole up to the file's end; but what lies beyond, because the file has shrunk, is none:
-        # it must be read, so that the reader gets the error
+        # a hole up to the file's end; but bytes beyond the end of a file that has shrunk count as
+        # data, so that reading them reports the error
         return max(os.fstat(fd).st_size, offset)
 
 

@@ -1,7 +1,7 @@
-"""Where clients come in: unix sockets, TCP, stdin and stdout, sockets that systemd passes.
+"""Listen for clients: on unix sockets, TCP, stdin and stdout, sockets passed by systemd.
 
-Everything here but ``serve`` and ``serve_stdio`` is plain and returns at once (looking up a host's name
-apart).  Failures are ListenErrors of one line.
+Except ``serve`` and ``serve_stdio``, everything here is synchronous and returns at once (apart from the
+lookup of a host's name).  Failures are ListenErrors of one line.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from pyerofs_nbd.server.protocol import DEFAULT_PORT
 log = logging.getLogger("pyerofs-nbd")
 
 BACKLOG = 64
-MAX_CONNECTIONS = 128  # at once; for one more, one that is idle has to go
-HANDSHAKE_TIMEOUT = 10.0  # seconds that a client may take to say what it wants
-PLACE = 0.1  # seconds between attempts to make a place for a client
+MAX_CONNECTIONS = 128  # at once; for one more, an idle one is ended
+HANDSHAKE_TIMEOUT = 10.0  # seconds that a client may take for its handshake
+PLACE = 0.1  # seconds between attempts to free a slot for a client
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 PAUSE = 0.2  # seconds to wait for descriptors or memory before accepting again
-PATH_MAX = 107  # bytes: sun_path with its final zero
+PATH_MAX = 107  # bytes: sun_path without its final zero
 FIRST_FD = 3  # sd_listen_fds(3)
 
 
 class ListenError(NbdError):
-    """Nothing can be served there; the message is one line."""
+    """An address can't be served; the message is one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A socket that clients connect to, or (``connected``) one client's socket that was passed to us.
+    """A socket that clients connect to, or (``connected``) one client's socket, passed by a parent.
 
-    ``path`` is what ``close`` has to remove: a unix socket that was made here, with its device and
-    inode number."""
+    ``path`` is the unix socket made here that ``close`` removes; ``identity`` is its device and inode
+    number."""
 
     sock: socket.socket
     connected: bool = False
@@ -53,7 +53,7 @@ class Listener:
     identity: tuple[int, int] | None = None
 
     def uri(self, name: str = "", *, tls: bool = False) -> str:
-        """The NBD URI of an export here."""
+        """The NBD URI of an export on this socket."""
         return uri_of(self.sock.getsockname(), name, tls=tls)
 
     @property
@@ -64,28 +64,28 @@ class Listener:
         return not ipaddress.ip_address(self.sock.getsockname()[0].partition("%")[0]).is_loopback
 
     def close(self) -> None:
-        """Stop listening; remove the socket's file if it is still ours.  Idempotent."""
+        """Stop listening; remove the socket's file if its identity is unchanged.  Idempotent."""
         self.sock.close()
         if self.path is not None:
             try:
                 if _identity(self.path) == self.identity:
                     os.unlink(self.path)
             except OSError:
-                pass  # gone, or in a place where we may not remove it any more
+                pass  # the file is gone, or may not be removed any more
 
 
 # --- unix sockets -----------------------------------------------------------------------------
 
 
 def unix(path: str) -> Listener:
-    """Listen on a unix socket that only its owner (and root) can connect to.  Takes the place of a
-    socket whose server is dead.  Raises ListenError."""
+    """Listen on a unix socket that only its owner (and root) can connect to.  Replaces a socket whose
+    server is dead.  Raises ListenError."""
     path = os.path.abspath(path)
     if len(os.fsencode(path)) > PATH_MAX:
         raise ListenError(f"{path}: is longer than a socket's path may be ({PATH_MAX} bytes)")
     sock = socket.socket(socket.AF_UNIX)
     try:
-        os.fchmod(sock.fileno(), 0o600)  # bind(2) makes the file with the mode of the socket
+        os.fchmod(sock.fileno(), 0o600)  # bind(2) gives the file the socket's mode
         try:
             sock.bind(path)
         except OSError as e:
@@ -105,12 +105,12 @@ def unix(path: str) -> Listener:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a socket that nobody listens on.  Raises ListenError where it is something else."""
+    """Remove a socket file without a listener.  Raises ListenError if the file is anything else."""
     found = os.lstat(path)
     if not stat.S_ISSOCK(found.st_mode):
         raise ListenError(f"{path}: exists and is no socket")
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)  # a full backlog is a sign of life
+        probe.setblocking(False)  # EAGAIN, from a full backlog, means a living server
         try:
             probe.connect(path)
         except ConnectionRefusedError:
@@ -132,14 +132,14 @@ def _identity(path: str) -> tuple[int, int]:
 
 
 def tcp(where: str) -> list[Listener]:
-    """Listen on HOST:PORT, HOST or :PORT (then of this machine only); IPv6 addresses in brackets.  A
-    host name may stand for several addresses; port 0 for any that is free.  Raises ListenError."""
+    """Listen on HOST:PORT, HOST or :PORT (localhost only); IPv6 addresses in brackets.  A host name
+    may have several addresses; port 0 is any free port.  Raises ListenError."""
     host, port = parse_address(where)
     listeners: list[Listener] = []
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, kind, _, _, address in dict.fromkeys(found):
-            if port == 0 and listeners:  # the same one for all addresses
+            if port == 0 and listeners:  # the same port for all addresses
                 chosen = listeners[0].sock.getsockname()[1]
                 address = cast("tuple[str, int]", (address[0], chosen, *address[2:]))
             sock = socket.socket(family, kind)
@@ -153,7 +153,7 @@ def tcp(where: str) -> list[Listener]:
             except OSError as e:
                 if e.errno != errno.EADDRNOTAVAIL or len(found) == 1:
                     raise
-                listeners.pop().close()  # localhost is ::1 by name even where there is no IPv6
+                listeners.pop().close()  # localhost resolves to ::1 even without IPv6
     except (OSError, UnicodeError) as e:
         for listener in listeners:
             listener.close()
@@ -177,7 +177,7 @@ def parse_address(where: str) -> tuple[str, int]:
 
 
 def warning(listeners: Iterable[Listener], *, tls_required: bool) -> str | None:
-    """What the user should be told about who can connect; None if there is nothing to say."""
+    """The warning for listeners that other machines can connect to without TLS; None without such."""
     exposed = [listener for listener in listeners if listener.exposed]
     if not exposed or tls_required:
         return None
@@ -189,10 +189,10 @@ def warning(listeners: Iterable[Listener], *, tls_required: bool) -> str | None:
 
 
 def activated(environment: MutableMapping[str, str] = os.environ) -> list[Listener]:
-    """The sockets that systemd (or nbdcopy, nbdinfo ...) has passed, none if it has not; the variables
-    that say so are removed, so that no child takes them for its own.  Raises ListenError.
+    """The sockets passed by systemd (or nbdcopy, nbdinfo ...), if any.  Removes the variables that
+    announce them, so that no child process takes them for its own.  Raises ListenError.
 
-    See sd_listen_fds(3).  With ``Accept=yes`` the socket is a client's."""
+    See sd_listen_fds(3).  With ``Accept=yes`` the socket is one client's connection."""
     pid, count = environment.pop("LISTEN_PID", ""), environment.pop("LISTEN_FDS", "")
     environment.pop("LISTEN_FDNAMES", None)
     if pid != str(os.getpid()):
@@ -218,8 +218,8 @@ def _activated(fd: int) -> Listener:
 
 
 def stdio() -> Channel:
-    """The client that stdin and stdout lead to: a socket, or two pipes.  They are replaced by
-    /dev/null, so that nothing else that is printed gets into the stream.  Raises ListenError."""
+    """The channel of the client on stdin and stdout: a socket, or two pipes.  Replaces both by
+    /dev/null, so that no other output gets into the stream.  Raises ListenError."""
     try:
         read, write = os.dup(0), os.dup(1)
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -227,7 +227,7 @@ def stdio() -> Channel:
             os.dup2(null, fd)
         os.close(null)
         if stat.S_ISSOCK(os.fstat(read).st_mode):
-            os.close(write)  # inetd's way: both are the same socket
+            os.close(write)  # as from inetd: both are the same socket
             return SocketChannel(socket.socket(fileno=read))
         return PipeChannel(read, write)
     except OSError as e:
@@ -255,11 +255,11 @@ def uri_of(address: object, name: str = "", *, tls: bool = False) -> str:
 async def serve(
     server: Server, listeners: Sequence[Listener], *, limit: int = MAX_CONNECTIONS
 ) -> None:
-    """Serve all who connect, at most ``limit`` at once, until cancelled, or until all listeners were
-    of one client each and these are gone.  Closes the listeners.
+    """Serve all clients, at most ``limit`` at once, until cancelled; or, if every listener is one
+    client's socket, until these clients have disconnected.  Closes the listeners.
 
-    Where a client waits for a place, the connection that is idle for longest is ended for it; one with
-    a request in flight never is."""
+    If a client waits for a slot, the connection that has been idle longest is ended for it; one with a
+    request in flight never is."""
     slots = trio.Semaphore(limit)
     try:
         async with trio.open_nursery() as nursery:
@@ -290,7 +290,7 @@ async def _accept(
                     log.warning("can't accept more connections for now: %s", e.strerror)
                 short = True
                 await trio.sleep(PAUSE)
-            continue  # or that client has given up again
+            continue  # otherwise the client has disconnected already
         except BaseException:
             slots.release()
             raise
@@ -299,7 +299,7 @@ async def _accept(
 
 
 async def _place(server: Server, slots: trio.Semaphore) -> None:
-    """Get one of the places for clients."""
+    """Acquire a slot for a client, ending idle connections while there is none."""
     while True:
         try:
             slots.acquire_nowait()
@@ -318,12 +318,12 @@ async def _serve_one(server: Server, client: socket.socket, slots: trio.Semaphor
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             except OSError:
-                pass  # gone already, which serving it will find
+                pass  # disconnected already, which ``serve_client`` will notice
         await server.serve_client(client, HANDSHAKE_TIMEOUT)
     finally:
         slots.release()
 
 
 async def serve_stdio(server: Server) -> None:
-    """Serve the one client that stdin and stdout lead to.  Raises ListenError."""
+    """Serve the one client on stdin and stdout.  Raises ListenError."""
     await server.serve_channel(stdio())

@@ -1,4 +1,4 @@
-"""The server modes of the command: open the sources, listen, serve until told to stop."""
+"""The server modes of the command: open the sources, listen, serve until a stop signal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pyerofs_nbd.server import listen, tls
 from pyerofs_nbd.server.exports import Export, Server
 
 SIGNALS = heeded(*STOPS)
-GRACE = 10.0  # seconds for replies in flight when told to stop
+GRACE = 10.0  # seconds for replies in flight after a stop signal
 
 
 def serve(options: Options, named: list[tuple[str, SourceSpec]], access: Access) -> None:
@@ -30,9 +30,9 @@ def serve(options: Options, named: list[tuple[str, SourceSpec]], access: Access)
     context = None
     if options.tls_cert is not None and options.tls_key is not None:
         context = tls.server_context(options.tls_cert, options.tls_key, options.tls_ca)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until they can end the server in good order
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until ``_serve`` handles them
     listeners = listen.activated()
-    passed = len(listeners)  # whoever has passed them knows where they are
+    passed = len(listeners)  # their addresses are not printed: the parent process knows them
     try:
         for path in options.sockets:
             listeners.append(listen.unix(path))

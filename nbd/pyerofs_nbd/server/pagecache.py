@@ -1,10 +1,10 @@
 """Which parts of a file are in the kernel's page cache, so that sending them won't wait for a disk.
 
 ``sendfile`` blocks while it reads from a disk, and has no RWF_NOWAIT.  ``cachestat(2)`` (Linux 6.5)
-counts the cached pages of a range exactly, in 3 us for 256 KiB; older kernels are asked for single
-bytes with ``preadv2(RWF_NOWAIT)``, 1 us each, too much for every page: one in 16 KiB, which is the
-least that reading ahead fills, and the last.  Memory maps and mincore would tell too, but maps of
-files that shrink are fatal.
+counts the cached pages of a range exactly, in 3 us for 256 KiB.  On older kernels single bytes are
+probed with ``preadv2(RWF_NOWAIT)``; at 1 us each that is too slow for every page, so one byte in
+16 KiB (the least that read-ahead fills) and the last one are probed.  mincore would tell, too, but it
+needs a memory map, and accessing a mapped file that has shrunk is fatal.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
 
 
 class PageCache:
-    """Asks about the files of one export.  Not for several threads."""
+    """Queries the page cache for the files of one export.  Not thread-safe."""
 
     def __init__(self) -> None:
         self._byte = bytearray(1)
-        self._stat: CacheStat | None = None  # None: single bytes are tried
+        self._stat: CacheStat | None = None  # None: single bytes are probed
         try:
             self._stat = CacheStat()
         except (OSError, AttributeError):
             pass
 
     def holds(self, fd: int, offset: int, length: int) -> bool:
-        """Whether a range is there and can be had without waiting for the disk; False where that can't
-        be told."""
+        """Whether a range lies within the file and is in the page cache; False if that is unknown."""
         try:
-            # (pages may remain in memory beyond the end of a file that was cut)
+            # (pages may remain in memory beyond the end of a truncated file)
             if os.lseek(fd, 0, os.SEEK_END) < offset + length:
                 return False
         except OSError:
@@ -44,11 +43,11 @@ class PageCache:
             cached = self._stat.cached(fd, start, span)
             if cached is not None:
                 return cached >= -(-span // mmap.PAGESIZE)
-            self._stat = None  # an older kernel, or a sandbox
+            self._stat = None  # an older kernel, or a sandbox that blocks cachestat
         return self._probe(fd, offset, length)
 
     def mistrust(self) -> None:
-        """Its counts were wrong, as those of stacked file systems are: do without them."""
+        """Stop using cachestat: its counts were wrong, as on stacked file systems."""
         self._stat = None
 
     def _probe(self, fd: int, offset: int, length: int) -> bool:

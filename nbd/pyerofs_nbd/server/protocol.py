@@ -1,8 +1,8 @@
-"""The NBD protocol without its input and output: bytes go in, values and bytes come out.
+"""The NBD protocol without I/O: bytes go in, values and bytes come out.
 
-Facts are from the NBD project's ``doc/proto.md``; docstrings name its sections.  Everything a client
-sends is hostile: what is kept of it is bounded by the constants below.  This module knows no sockets,
-no trio and no sources.
+Facts are from the NBD project's ``doc/proto.md``; docstrings name its sections.  Input from clients is
+hostile: the constants below bound the memory kept for it.  This module knows no sockets, no trio and
+no sources.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ REPLY_OFFSET_DATA = 1
 REPLY_BLOCK_STATUS = 5
 REPLY_ERROR = 2**15 + 1
 
-# "Error values": what may go over the wire, whatever this platform's errno says
+# "Error values": the numbers on the wire, independent of this platform's errno
 EPERM = 1
 EIO = 5
 EINVAL = 22
@@ -99,11 +99,11 @@ STATE_ZERO = 2
 
 MIN_BLOCK = 1
 PREFERRED_BLOCK = 4096
-MAX_READ = 32 << 20  # "Size constraints": what clients may count on where nothing was negotiated
+MAX_READ = 32 << 20  # "Size constraints": the size that clients may assume without negotiation
 
 MAX_STRING = 4096  # "Conventions": longer strings need not be supported
-MAX_OPTION = 64 << 10  # a name, and more queries than there are metadata contexts in the world
-MAX_OPTIONS = 4096  # in one handshake; a client asks about each export it was told of a few times
+MAX_OPTION = 64 << 10  # a name, and more queries than metadata contexts exist
+MAX_OPTIONS = 4096  # per handshake; a client asks a few times about each export listed to it
 
 REQUEST = Struct(">IHHQQI")  # magic, flags, type, cookie, offset, length
 _OPTION = Struct(">8sII")
@@ -116,14 +116,14 @@ _U32 = Struct(">I")
 
 
 class ProtocolError(Exception):
-    """The client broke the protocol in a way that only ending the connection can answer."""
+    """The client broke the protocol in a way that requires ending the connection."""
 
 
 # --- handshake --------------------------------------------------------------------------------
 
 
 class ExportInfo(NamedTuple):
-    """What a client may know of an export.  ``size`` in bytes."""
+    """The properties of an export that clients see.  ``size`` in bytes."""
 
     name: str
     size: int
@@ -131,17 +131,17 @@ class ExportInfo(NamedTuple):
 
 
 class Send(NamedTuple):
-    """To be sent to the client."""
+    """Send these bytes to the client."""
 
     data: bytes
 
 
 class StartTls(NamedTuple):
-    """To be done once everything was sent; nothing of what follows is plain text any more."""
+    """Start TLS once everything has been sent; no plain text follows."""
 
 
 class Transmit(NamedTuple):
-    """The handshake is over; what was received after it begins the transmission phase."""
+    """The handshake is over; ``left``, received after it, begins the transmission phase."""
 
     export: int  # index into the exports
     structured: bool  # reads are to be answered by structured replies
@@ -150,7 +150,7 @@ class Transmit(NamedTuple):
 
 
 class Close(NamedTuple):
-    """The handshake is over, and so is the connection."""
+    """The handshake is over; close the connection."""
 
 
 Action: TypeAlias = Send | StartTls | Transmit | Close
@@ -159,14 +159,14 @@ Action: TypeAlias = Send | StartTls | Transmit | Close
 class Handshake:
     """The server's side of "Fixed newstyle negotiation".
 
-    Send ``greeting()``; then ``feed`` what arrives, and do what ``next_action`` says until it says
-    None.  Replies are made one by one, so that a client that asks for much and reads nothing costs
-    nothing.  At most MAX_OPTION bytes and what was fed last are kept."""
+    Send ``greeting()``; then ``feed`` the bytes received, and perform each ``next_action`` until it
+    returns None.  Replies are made one by one, so a client that requests much and reads nothing costs
+    no memory.  At most MAX_OPTION bytes and those fed last are kept."""
 
     def __init__(
         self, exports: Sequence[ExportInfo], *, tls: bool = False, tls_required: bool = False
     ) -> None:
-        """``tls``: STARTTLS is offered; ``tls_required``: and nothing else is answered before it."""
+        """``tls``: offer STARTTLS; ``tls_required``: and refuse other options before it."""
         self._exports = exports
         self._index = {_text(e.name): n for n, e in reversed(list(enumerate(exports)))}
         if exports:
@@ -185,23 +185,23 @@ class Handshake:
         self._replies: Iterator[Action] = iter(())
 
     def greeting(self) -> bytes:
-        """What the server says first ("Newstyle negotiation")."""
+        """The server's first message ("Newstyle negotiation")."""
         flags = FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES
         return INIT_MAGIC + OPTION_MAGIC + flags.to_bytes(2, "big")
 
     def feed(self, data: bytes | memoryview) -> None:
-        """Take what the client has sent."""
+        """Add bytes received from the client."""
         self._buffer += data
 
     def secured(self) -> None:
-        """TLS is on; what was negotiated before is forgotten ("`NBD_OPT_STARTTLS`")."""
+        """Call this once TLS is on; discards the earlier negotiation ("`NBD_OPT_STARTTLS`")."""
         self._secure = True
         self._locked = False
         self._structured = False
         self._allocation = None
 
     def next_action(self) -> Action | None:
-        """What is to be done now; None when more input is needed for that."""
+        """The next action to perform; None if that depends on more input."""
         while True:
             action = next(self._replies, None)
             if action is not None:
@@ -215,7 +215,7 @@ class Handshake:
             self._replies = replies
 
     def _step(self) -> Iterator[Action] | None:
-        """Take one message out of the buffer; None if there is none."""
+        """Take one message out of the buffer; None if none is complete."""
         if self._skip:
             dropped = min(self._skip, len(self._buffer))
             del self._buffer[:dropped]
@@ -271,7 +271,7 @@ class Handshake:
         return handler(self, option, data)
 
     def _export_name(self, option: int, data: bytes) -> Iterator[Action]:
-        """ "`NBD_OPT_EXPORT_NAME`": the only way to refuse is to hang up."""
+        """ "`NBD_OPT_EXPORT_NAME`": the only refusal is to close the connection."""
         export = self._find(data)
         if export is None:
             yield Close()
@@ -296,7 +296,7 @@ class Handshake:
         elif not self._tls:
             yield _reply(option, REP_ERR_POLICY, b"TLS is not set up here")
         elif self._buffer:
-            # plain text smuggled in before the handshake would pass for encrypted afterwards
+            # plain text injected before the TLS handshake would count as encrypted afterwards
             yield Close()
         else:
             yield _reply(option, REP_ACK)
@@ -362,7 +362,7 @@ class Handshake:
         yield _reply(option, REP_ACK)
 
     def _find(self, name: bytes) -> int | None:
-        """The export of a name; None if there is none."""
+        """The index of the export with this name; None if there is none."""
         return self._index.get(name)
 
     def _flags(self) -> int:
@@ -387,7 +387,7 @@ _HANDLERS = {
 
 
 def _reply(option: int, kind: int, data: bytes = b"") -> Send:
-    """A reply to an option ("Option reply types").  The data of errors is text for people."""
+    """A reply to an option ("Option reply types").  The data of errors is text for users."""
     return Send(_OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, kind, len(data)) + data)
 
 
@@ -397,7 +397,7 @@ def _text(text: str) -> bytes:
 
 
 def _string(data: bytes) -> tuple[bytes, bytes]:
-    """A string that is preceded by its length, and what follows it.  Raises ProtocolError."""
+    """A length-prefixed string, and the bytes after it.  Raises ProtocolError."""
     if len(data) < _U32.size:
         raise ProtocolError
     (length,) = _U32.unpack_from(data)
@@ -441,10 +441,10 @@ Request: TypeAlias = tuple[int, int, int, int, int, int]  # as REQUEST: magic, f
 
 
 class Decoder:
-    """Takes the client's stream of the transmission phase apart ("Request message").
+    """Decodes the client's stream in the transmission phase ("Request message").
 
-    The payload of a write is dropped, however long it is, and the request handed out only when that
-    is done.  ``broken`` tells that the stream is out of step: nothing more comes out."""
+    A write's payload is dropped, whatever its length, and its request is returned only after that.
+    ``broken``: the stream is out of sync, and no more requests are returned."""
 
     def __init__(self) -> None:
         self.broken = False
@@ -452,7 +452,7 @@ class Decoder:
         self._held: Request | None = None
 
     def decode(self, data: memoryview) -> tuple[list[Request], int]:
-        """All requests that are complete in ``data``, and how many of its bytes are done with."""
+        """All complete requests in ``data``, and the number of bytes consumed."""
         found: list[Request] = []
         end, at = len(data), 0
         while not self.broken:
@@ -485,7 +485,7 @@ class Decoder:
 
 
 def refusal(request: Request, size: int, *, structured: bool, allocation: bool) -> int:
-    """The error with which a request must be answered, 0 if it is in order ("Request types").
+    """The error with which a request must be answered, 0 if it is valid ("Request types").
 
     ``size`` is the export's, in bytes."""
     _, flags, kind, _, offset, length = request
@@ -507,12 +507,12 @@ def refusal(request: Request, size: int, *, structured: bool, allocation: bool) 
 
 
 def simple_data(cookie: int, offset: int, length: int) -> bytes:
-    """What precedes the ``length`` bytes of a read in a simple reply ("Simple reply message")."""
+    """The header before the ``length`` bytes of a read in a simple reply ("Simple reply message")."""
     return _SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
 
 
 def structured_data(cookie: int, offset: int, length: int) -> bytes:
-    """What precedes them in a structured reply of one chunk ("Structured reply chunk message")."""
+    """The header in a structured reply of one chunk ("Structured reply chunk message")."""
     return _DATA_CHUNK.pack(
         STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, REPLY_OFFSET_DATA, cookie, 8 + length, offset
     )
@@ -524,7 +524,7 @@ def simple_reply(cookie: int, error: int = 0) -> bytes:
 
 
 def structured_error(cookie: int, error: int, message: str = "") -> bytes:
-    """A structured reply that only reports an error.  The message is for people."""
+    """A structured reply that only reports an error.  The message is text for users."""
     text = message.encode("utf-8", "replace")[:MAX_STRING]
     head = _CHUNK.pack(STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, REPLY_ERROR, cookie, 6 + len(text))
     return head + _U32.pack(error) + len(text).to_bytes(2, "big") + text

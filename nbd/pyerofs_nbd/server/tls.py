@@ -1,4 +1,4 @@
-"""TLS for the server, made of certificate files."""
+"""The server's TLS context, from certificate files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pyerofs_nbd.errors import NbdError
 
 
 class TlsError(NbdError):
-    """These files can't be used; the message is one line."""
+    """A certificate or key file can't be used; the message is one line."""
 
 
 def server_context(certificate: str, key: str, client_ca: str | None = None) -> ssl.SSLContext:
