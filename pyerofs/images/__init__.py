@@ -1,1 +1,1 @@
-"""What stands between sources and the format: how the devices of an image belong together."""
+"""Between sources and the format: combining an image and its extra devices."""

@@ -77,13 +77,13 @@ class FlatSource(AsyncSource):
 
 
 class _Missing(Exception):
-    """Bytes that have to be read first."""
+    """Raised for bytes that have to be read first."""
 
 
 async def combine(sources: Sequence[AsyncSource]) -> AsyncSource | None:
-    """One device in place of several where the image maps its extra devices; else None.
+    """One flat device in place of several if the image maps its extra devices; else None.
 
-    Raises SourceError where that can't be found out or does not fit."""
+    Raises SourceError if the mapping can't be read or does not fit the sources."""
     primary, *extra = sources
     have: dict[tuple[int, int], Buffer] = {}
 
@@ -118,7 +118,7 @@ async def combine(sources: Sequence[AsyncSource]) -> AsyncSource | None:
 
 
 def whole(source: AsyncSource) -> AsyncSource:
-    """The source with zeros up to the next sector: a device can't end within one."""
+    """The source, padded with zeros to a whole sector, in which a device has to end."""
     if source.size % SECTOR == 0:
         return source
     return FlatSource([(0, source.size, source)], source.size + -source.size % SECTOR)

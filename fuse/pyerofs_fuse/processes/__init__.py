@@ -1,1 +1,1 @@
-"""One mount served by several processes: whose turn it is, and what they have to tell one another."""
+"""Several processes that serve one mount: forking them, receiving in turn, shared memory."""

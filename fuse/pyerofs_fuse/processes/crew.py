@@ -1,9 +1,9 @@
 """The processes that serve one mount, each with an interpreter of its own.
 
-They are forked once the kernel has said hello: libfuse's session then is the same in all of them.
-The first one, the captain, made the mount, minds signals and ends it; the others only answer
-requests.  If any of them dies, whoever waits for its answers would wait for ever; so then the mount
-ends, and the kernel gives them an error.
+The processes are forked after FUSE INIT, so they share one libfuse session.  The first one (the
+*leader*) made the mount, handles signals and unmounts; the others only answer requests.  If any of
+them dies, programs that wait for its replies would hang; so the mount then ends, and the kernel fails
+their requests.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ SIGNALS = heeded(*STOPS)
 
 
 class Crew:
-    """The processes of one mount, as the captain sees them."""
+    """The processes of one mount, seen from the leader."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.turns = Turns(size)
         self.handles = Handles(size)
-        self._others: dict[int, int] = {}  # process id -> a pipe whose other end is open in it
+        self._others: dict[int, int] = {}  # process id -> a pipe whose other end that process holds
 
     def fork(self) -> bool:
-        """Become so many processes, or as many as may be.  False in all but the captain, who minds
-        signals; the others ignore them."""
+        """Fork until ``size`` processes run, or as many as the system allows.  True in the leader,
+        which handles signals; False in the others, which ignore them."""
         captain = os.getpid()
         for number in range(1, self.size):
             ours, theirs = os.pipe()
@@ -62,7 +62,7 @@ class Crew:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         signal_when_parent_dies(signal.SIGKILL)
-        if os.getppid() != captain:  # it has died before it could be said
+        if os.getppid() != captain:  # the leader has died before the death signal was set
             os._exit(1)
         self.turns.mine = False
         for fd in self._others.values():
@@ -70,12 +70,12 @@ class Crew:
         self._others = {}
 
     async def death(self) -> None:
-        """Return as soon as another process has died of anything but the mount's end."""
+        """Return as soon as another process has died abnormally (not because the mount ended)."""
         died = trio.Event()
 
         async def mind(child: int, fd: int) -> None:
             await trio.lowlevel.wait_readable(fd)
-            _, status = os.waitpid(child, 0)  # noqa: ASYNC222 (it has closed all files: it is ending)
+            _, status = os.waitpid(child, 0)  # noqa: ASYNC222 (its end of the pipe is closed: it ends)
             os.close(self._others.pop(child))
             if status:
                 log.error("process %d, which served the mount, died (status %#x)", child, status)

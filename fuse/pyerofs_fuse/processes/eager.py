@@ -1,12 +1,12 @@
-"""A trio for pyfuse3 that looks twice before it waits, and that knows whose turn it is.
+"""A replacement of trio in pyfuse3 that polls before it waits, and receives only in turn.
 
-Between two requests pyfuse3 waits in ``trio.lowlevel.wait_readable``: a round through the scheduler
-and epoll, although the next request of a busy client usually arrives within microseconds.  Here that
-wait first asks the kernel directly, for a moment so short that nobody else notices, and only then
-goes the long way.  After a number of requests in a row it goes there anyway, so that other tasks run.
-Where several processes serve the mount, it also waits until it is this one's turn to receive.
+Between two requests pyfuse3 waits in ``trio.lowlevel.wait_readable``: a pass through the scheduler
+and epoll, although the next request of a busy client usually arrives within microseconds.  The
+``wait_readable`` here first polls the descriptor, for too short a time to delay other tasks, and
+only then waits in trio.  After IN_A_ROW requests it waits in trio anyway, so that other tasks run.  If
+several processes serve the mount, it also waits until this process has the turn to receive.
 
-pyfuse3 lets its trio be replaced like this; it does so itself to run on asyncio.
+pyfuse3 allows this replacement of its trio; it does so itself to run on asyncio.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import trio
 from pyerofs_fuse.processes.turns import Turns, readable, readable_soon
 
 MOMENT = 60e-6  # seconds: more than a busy client needs to send its next request
-IN_A_ROW = 64  # requests until other tasks get a turn
+IN_A_ROW = 64  # requests until other tasks run
 
 
 class _Lowlevel:
@@ -35,8 +35,8 @@ class _Lowlevel:
         return getattr(trio.lowlevel, name)
 
     async def wait_readable(self, fd: int) -> None:
-        """Return once ``fd`` is readable and it is our turn to read it.  A checkpoint only if that
-        takes a while."""
+        """Return once ``fd`` is readable and this process has the turn.  A checkpoint only if polling
+        does not suffice."""
         turns = self._turns
         turns.queue = fd
         self._row += 1
@@ -51,19 +51,20 @@ class _Lowlevel:
                 return
             self._row = 0
             await trio.lowlevel.wait_readable(fd)
-            if turns.mine:  # another task may have passed it on meanwhile
+            if turns.mine:  # another task may have passed the turn on meanwhile
                 return
 
     def notify_closing(self, fd: int) -> None:
-        """Wake whoever waits for ``fd``, or for the turn to."""
+        """Wake the tasks that wait for ``fd`` or for the turn."""
         trio.lowlevel.notify_closing(fd)
         if self._turns.shared:
             trio.lowlevel.notify_closing(self._turns.fd)
 
 
 class _Lock:
-    """trio.Lock, but who gives it back may take it again at once: no checkpoint, and no task switch
-    for each request while one task can answer them all.  Whoever waited gets it when that yields."""
+    """An unfair trio.Lock: the task that releases it may take it again at once, without a checkpoint,
+    so one task can answer many requests without task switches.  A waiting task gets the lock when the
+    other one yields."""
 
     def __init__(self) -> None:
         self._taken = False
@@ -81,7 +82,7 @@ class _Lock:
 
 
 class _Trio:
-    """trio with another ``lowlevel``, and another ``Lock``, of which pyfuse3 needs one."""
+    """trio with ``lowlevel`` and ``Lock`` replaced (pyfuse3 uses one Lock)."""
 
     Lock = _Lock
 
@@ -93,6 +94,6 @@ class _Trio:
 
 
 def enable(turns: Turns, busy: Callable[[], bool]) -> None:
-    """Make pyfuse3 wait eagerly from now on, except while ``busy()``: other tasks then wait for
-    something that trio has to tell them."""
+    """Make pyfuse3 poll from now on, except while ``busy()``: other tasks then wait for events that
+    only trio delivers."""
     pyfuse3.trio = _Trio(_Lowlevel(turns, busy))  # type: ignore[attr-defined]

@@ -1,10 +1,10 @@
-"""What all processes that serve a mount have to know: above all, how many handles a file has.
+"""Shared memory of the processes that serve a mount: above all, the number of handles of each file.
 
-A file's handle is its node id, so any process can answer for it and nothing has to be remembered;
-only how many there are matters, and who is putting the file's data into the kernel's page cache (see
-``Operations._store``).  Both lie in shared memory.  The counts are changed by the process that has
-just received OPEN or RELEASE, while it still is its turn: one at a time.  Files may share a count; it
-is then too high, which is harmless.  Besides, inodes are marked about which an error was logged.
+A file's handle is its node id, so any process can answer for it without a table of handles.  Only the
+number of handles matters, and which process is storing the file's data in the page cache (see
+``Operations._store``).  A count is changed by the process that has just received OPEN or RELEASE,
+while it still has the turn: one process at a time.  Files may share a count; it is then too high,
+which is harmless.  Inodes for which an error was logged are marked, too.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ SLOTS = 65_521  # a prime
 
 
 class Handles:
-    """The counts, and what is being stored."""
+    """Handle counts, stores in progress, and marks of logged errors."""
 
     def __init__(self, processes: int = 1) -> None:
-        """Made before the fork."""
+        """Must be called before the fork."""
         self.processes = processes
         self._counts = memoryview(mmap.mmap(-1, 4 * SLOTS)).cast("I")
-        # slot + 1 of each process
+        # for each process, slot + 1 of the file that it is storing, or 0
         self._storing = memoryview(mmap.mmap(-1, 4 * processes)).cast("I")
         self._reported = mmap.mmap(-1, SLOTS + 1)
         self.me = 0  # which process this is
 
     def count(self, node: int) -> int:
-        """At least as many as there are handles on a file, open or opening."""
+        """An upper bound for the number of handles on a file, open or opening."""
         return self._counts[node % SLOTS]
 
     def opened(self, node: int) -> None:
@@ -40,8 +40,8 @@ class Handles:
 
     @contextmanager
     def storing(self, node: int) -> Iterator[None]:
-        """Whoever opens the file meanwhile waits with its answer.  Enter, and only then look at the
-        count: whoever counts first is seen, whoever counts later sees us."""
+        """Announce a store, which delays the replies to OPEN of the file.  Enter *before* reading the
+        count: an earlier open is then counted, and a later one sees the announcement and waits."""
         self._storing[self.me] = node % SLOTS + 1
         try:
             yield
@@ -53,7 +53,7 @@ class Handles:
         return node % SLOTS + 1 in self._storing
 
     def first_error(self, nid: int | None) -> bool:
-        """Whether there was no error yet of an inode (or of one that shares its mark)."""
+        """Mark an error of an inode; returns whether it is the first one (of those with this mark)."""
         slot = SLOTS if nid is None else nid % SLOTS
         first = not self._reported[slot]
         self._reported[slot] = 1
