@@ -1,4 +1,4 @@
-"""A local file that ought to have a digest: a blob of an OCI layout, or one that was unpacked."""
+"""A local file with an expected digest: a blob of an OCI layout, or an unpacked layer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PIECE = 4 << 20
 
 
 class DigestedSource(ThreadedSource):
-    """An AsyncSource over a file.  ``verified``: its caller has checked the digest already."""
+    """An AsyncSource over a file.  ``verified``: the caller has checked the digest already."""
 
-    whole = False  # nobody keeps account of what was read
+    whole = False  # which parts were read is not tracked
 
     def __init__(self, source: Source, digest: str, *, verified: bool = False) -> None:
         super().__init__(source)
@@ -33,7 +33,7 @@ class DigestedSource(ThreadedSource):
         return super().status() | {"verified": self.verified}
 
     async def verify(self, progress: Callable[[str, int, int], None] | None = None) -> None:
-        """Read all of it, and compare.  Raises IntegrityError."""
+        """Read the whole file and check its digest.  Raises IntegrityError."""
         if self.verified:
             return
         algorithm = self.digest.partition(":")[0]

@@ -55,7 +55,7 @@ class FileSource:
         return self._fd, 0
 
     def peek(self, offset: int, length: int) -> Buffer | None:
-        """Bytes that the kernel has cached; None otherwise or where it can't tell."""
+        """Bytes from the page cache; None if they are not there or the kernel can't tell."""
         if self._nowait is None or not within(self.size, offset, length):
             return None
         buffer = bytearray(length)
@@ -92,8 +92,8 @@ class FileSource:
             pass  # only a hint
 
     def data_from(self, offset: int) -> int:
-        """Where the next bytes are that the file stores; the size if there are none.  What lies between
-        is zeros."""
+        """The next offset at which the file stores data; the size if there is none.  The bytes before
+        it are zeros."""
         try:
             return max(offset, os.lseek(self._fd, offset, os.SEEK_DATA))
         except OSError as e:

@@ -37,11 +37,11 @@ class SliceSource:
         return self._inner.read_at(self._offset + offset, length)
 
     def will_need(self, offset: int, length: int) -> None:
-        """As an AsyncSource has it."""
+        """See ``AsyncSource.will_need``."""
         hint(self._inner, self._offset + offset, length)
 
     def data_from(self, offset: int) -> int:
-        """As a FileSource has it."""
+        """See ``FileSource.data_from``."""
         return min(data_from(self._inner, self._offset + offset) - self._offset, self.size)
 
     @property
@@ -54,7 +54,7 @@ class SliceSource:
 
 
 class AsyncSlice(Wrapper):
-    """The asynchronous twin: ``inner`` from ``offset`` on.  Owns ``inner``."""
+    """SliceSource for an AsyncSource: ``inner`` from ``offset`` on.  Owns ``inner``."""
 
     def __init__(self, inner: AsyncSource, offset: int) -> None:
         if offset < 0 or offset > inner.size:

@@ -1,9 +1,8 @@
-"""Android sparse images, read in place: chunks that are bytes, a repeated word, or nothing.
+"""Android sparse images, read in place: chunks of raw data, of a repeated word, or without content.
 
 A header is followed by chunks, each with a header of its own: raw data, a pattern of four bytes that
-fills the chunk, blocks that nobody cares about (zeros here), or a checksum.  Checksums are not looked
-at: they are over everything that comes before them, and reading is of parts.  (Android's libsparse,
-sparse_format.h.)
+fills the chunk, "don't care" blocks (zeros here), or a checksum.  Checksums are ignored: they cover
+all bytes before them, but only parts are read.  (Android's libsparse, sparse_format.h.)
 """
 
 from __future__ import annotations
@@ -20,26 +19,26 @@ MAGIC = b"\x3a\xff\x26\xed"
 _HEADER = struct.Struct("<4s4H4I")  # magic, major, minor, sizes of both headers, block size, counts
 _CHUNK = struct.Struct("<HHII")  # type, reserved, blocks, bytes with this header
 RAW, FILL, DONT_CARE, CRC32 = range(0xCAC1, 0xCAC5)
-MAX_BLOCK = 64 << 20  # bytes: of anything larger, a file has less than one
-WINDOW = 64 << 10  # bytes read at once where headers lie close together
+MAX_BLOCK = 64 << 20  # bytes; far more than any real image has
+WINDOW = 64 << 10  # bytes per read of headers that lie close together
 HOLE = -1
 
-Piece = tuple[int, int, bytes]  # length; where in the file, or HOLE; what it is filled with
+Piece = tuple[int, int, bytes]  # length; offset in the file, or HOLE; fill pattern
 
 
 class Table:
-    """Which bytes of the file are which of the image's.  Made by ``parse``."""
+    """Maps the image's bytes to the file's.  Made by ``parse``."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.size = 0  # bytes of the image
         self._starts = array("Q")  # of chunks, in the image
         self._places = array("q")  # of their data in the file, or HOLE
-        self._words = array("I")  # the pattern of those without data
+        self._words = array("I")  # the pattern of chunks without data
         self.raw = 0  # bytes that have data
 
     def add(self, length: int, place: int, word: int = 0) -> None:
-        """Another chunk.  Holes and equal patterns one after another are one."""
+        """Append a chunk.  Consecutive holes or equal patterns are merged."""
         if place != HOLE or not self._starts or (self._places[-1], self._words[-1]) != (HOLE, word):
             self._starts.append(self.size)
             self._places.append(place)
@@ -47,7 +46,7 @@ class Table:
         self.size += length
 
     def pieces(self, offset: int, length: int) -> Iterator[Piece]:
-        """What a range is made of."""
+        """The pieces that a range consists of."""
         number = bisect_right(self._starts, offset) - 1
         while length:
             start, place = self._starts[number], self._places[number]
@@ -65,9 +64,9 @@ class Table:
 
 
 def parse(name: str, file_size: int) -> Generator[tuple[int, int], Buffer, Table]:
-    """Yields the (offset, length) of what has to be read, gets it sent, and returns the table.
+    """A generator that yields each (offset, length) to read, is sent the bytes, and returns the table.
 
-    Raises SourceError where the headers contradict each other or the file."""
+    Raises SourceError if the headers contradict each other or the file."""
 
     def wrong(what: str) -> SourceError:
         return SourceError(f"{name}: is a damaged Android sparse image: {what}")
@@ -117,12 +116,12 @@ def parse(name: str, file_size: int) -> Generator[tuple[int, int], Buffer, Table
 
 
 class SparseSource:
-    """The image that a sparse one stands for.  Owns ``inner``."""
+    """The image that a sparse image encodes.  Owns ``inner``."""
 
     backing = None  # the file's bytes are not the image's
 
     def __init__(self, inner: Source) -> None:
-        """Raises SourceError where the headers make no sense."""
+        """Read the headers.  Raises SourceError if they are invalid."""
         steps = parse(inner.name, inner.size)
         try:
             wanted = next(steps)
@@ -154,7 +153,7 @@ class SparseSource:
         return found[0] if len(found) == 1 else b"".join(found)
 
     def will_need(self, offset: int, length: int) -> None:
-        """Hand a hint on, as far as it is about data."""
+        """Pass a hint on for the pieces that have data."""
         hint = getattr(self._inner, "will_need", None)
         if hint is not None and within(self.size, offset, length):
             for n, place, _ in self._table.pieces(offset, length):
@@ -162,7 +161,7 @@ class SparseSource:
                     hint(place, n)
 
     def data_from(self, offset: int) -> int:
-        """Where the next bytes are that may be other than zeros; the size if there are none."""
+        """The next offset at which bytes may not be zero; the size if there is none."""
         at = offset
         while at < self.size:
             n, place, pattern = next(self._table.pieces(at, self.size - at))
@@ -182,8 +181,8 @@ def _filled(length: int, pattern: bytes) -> bytes:
 
 
 def unsparsed(source: Source) -> Source:
-    """The same source, or what it stands for where it is a sparse image.  Raises SourceError, with the
-    source closed."""
+    """The source itself, or if it is a sparse image, the image that it encodes.  Raises SourceError,
+    with the source closed."""
     try:
         if source.size >= len(MAGIC) and bytes(source.read_at(0, len(MAGIC))) == MAGIC:
             return SparseSource(source)

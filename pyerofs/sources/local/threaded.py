@@ -1,4 +1,4 @@
-"""A blocking source seen from trio: what is in memory at once, the rest in worker threads."""
+"""A blocking source as an AsyncSource: cached bytes at once, other reads in worker threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import trio
 
 from pyerofs.sources.base import QUICK_NS, AsyncSource, Buffer, Source, hint
 
-MAX_THREADS = 16  # disks like a queue; more would only cost memory
+MAX_THREADS = 16  # disks profit from a queue; more threads would only cost memory
 
 
 class ThreadedSource(AsyncSource):
@@ -51,7 +51,7 @@ class ThreadedSource(AsyncSource):
 
 
 class _Timed:
-    """A source that keeps an eye on how long its reads take."""
+    """A source that measures the latency of its reads."""
 
     def __init__(self, source: Source) -> None:
         self.name = source.name
@@ -67,7 +67,7 @@ class _Timed:
         found = self._source.read_at(offset, length)
         taken = time.perf_counter_ns() - start
         if taken > self.latency:
-            self.latency = taken  # one slow answer is enough to be careful again
+            self.latency = taken  # one slow read makes the source count as slow again
         else:
             self.latency += (taken - self.latency) / 4
         return found

@@ -23,15 +23,15 @@ from pyerofs.sources.net.transport import Target, Transport, joined, origin, ret
 log = logging.getLogger("pyerofs")
 
 MAX_TOKEN = 1 << 20
-DEFAULT_LIFE = 60.0  # seconds a token lives when the server does not say
-MARGIN = 0.1  # of a token's life, before its end, when a new one is fetched
+DEFAULT_LIFE = 60.0  # seconds that a token lives if the server does not say
+MARGIN = 0.1  # fraction of a token's life before its end at which it is renewed
 TOKEN_TIMEOUT = 30.0
 
 LONGEST_LIFE = 1e9
 
 _TOKEN = re.compile(r"[\x21-\x7e]{1,65536}")
-MAX_CHALLENGE = 16 << 10  # characters of a header that are looked at
-# a name starts where no longer one did: else a long word would be tried from each of its letters
+MAX_CHALLENGE = 16 << 10  # characters of a header that are parsed
+# the lookbehind anchors names at word starts; otherwise a long word would take quadratic time
 _CHALLENGE = re.compile(
     r'(?<![A-Za-z0-9_-])([A-Za-z0-9_-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))'
 )
@@ -51,10 +51,10 @@ class BasicAuthority:
 
 
 class RegistryAuthority:
-    """Does what a registry's challenges ask for.
+    """Answers a registry's challenges.
 
-    ``find`` gets credentials; it is asked once at the first challenge, and once more whenever what it
-    gave is refused, since other tools may have renewed them."""
+    ``find`` looks up credentials: once at the first challenge, and once more whenever they are
+    refused, since other tools may have renewed them."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class RegistryAuthority:
         scope: str,
         find: Callable[[], Awaitable[Credentials | None]],
     ) -> None:
-        """``scope``: asked for where the challenge names none."""
+        """``scope``: requested if the challenge names none."""
         self._transport = transport
         self._scope = scope
         self._find = find
@@ -85,7 +85,7 @@ class RegistryAuthority:
         challenge = parse_challenge(response.headers.get_list("www-authenticate"))
         async with self._lock:
             if self._header is not None and self._header != sent:
-                return True  # somebody else has renewed it meanwhile
+                return True  # another task has renewed the header meanwhile
             if challenge is not None:
                 self._challenge = (*challenge, str(response.request.url))
             if self._challenge is None:
@@ -114,7 +114,7 @@ class RegistryAuthority:
         self._expires = started + life * (1 - MARGIN)
 
     async def _fetch_token(self, given: dict[str, str], url: str) -> tuple[str, float]:
-        """Ask the challenge's own realm.  Raises AuthenticationError."""
+        """Get a token and its life in seconds from the challenge's realm.  Raises SourceError."""
         realm = joined(url, given.get("realm", ""))
         if realm is None:
             raise AuthenticationError(f"{url}: the registry names no place for tokens")
@@ -160,7 +160,7 @@ class RegistryAuthority:
 
 
 def _life(value: object) -> float:
-    """The seconds that a token lives, from whatever a server says."""
+    """The seconds that a token lives, from the server's ``expires_in``, which may be anything."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         return DEFAULT_LIFE
     return LONGEST_LIFE if value >= LONGEST_LIFE else float(value)

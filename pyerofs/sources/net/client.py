@@ -1,9 +1,9 @@
-"""httpx with larger reads.
+"""A transport for httpx with larger reads.
 
 httpcore reads at most 64 KiB from a connection at a time, with some 100 us of bookkeeping for each
-piece.  A network backend of our own, which is what httpcore has them for, reads 256 KiB: a large blob
-comes up to twice as fast over loopback.  httpx has no word for a backend, so this is
-its transport, too, with the proxies that httpx would take from the environment.
+piece.  The network backend here (an extension point of httpcore) reads 256 KiB: a large blob arrives
+up to twice as fast over loopback.  httpx has no option for a backend, so the module replaces its
+transport as well, with the proxies that httpx would take from the environment.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Stream(httpcore.AsyncNetworkStream):
 
 
 class _Backend(httpcore.AsyncNetworkBackend):
-    """httpcore's connections for trio, as ``_Stream``."""
+    """httpcore's backend for trio, with each connection wrapped in a ``_Stream``."""
 
     def __init__(self) -> None:
         self._inner = httpcore.TrioBackend()
@@ -74,7 +74,7 @@ class Pools(httpx.AsyncBaseTransport):
     names."""
 
     def __init__(self, tls: ssl.SSLContext, connections: int) -> None:
-        """``connections``: at the same time, for each proxy and for all servers without one."""
+        """``connections``: at most at one time, per proxy and for all servers without one together."""
         self._tls = tls
         self._connections = connections
         self._proxies = getproxies()
@@ -132,7 +132,7 @@ class Pools(httpx.AsyncBaseTransport):
 
 
 class _Body(httpx.AsyncByteStream):
-    """The body of a response.  It is no generator, so that closing it ends what it iterates over."""
+    """The body of a response.  Not a generator, so that closing it closes the inner iterator."""
 
     def __init__(self, response: httpcore.Response) -> None:
         self._response = response
@@ -151,7 +151,7 @@ class _Body(httpx.AsyncByteStream):
             await self._response.aclose()
 
 
-# httpcore's exceptions and httpx's have the same names; the narrower before what they derive from
+# httpcore's exceptions and httpx's have the same names; subclasses come before their base classes
 _ERRORS = {
     getattr(httpcore, name): getattr(httpx, name)
     for name in (
@@ -165,7 +165,7 @@ _ERRORS = {
 
 @contextmanager
 def _errors_of_httpx() -> Iterator[None]:
-    """Raise what httpcore raises as what httpx's callers expect."""
+    """Translate httpcore's exceptions into httpx's."""
     try:
         yield
     except tuple(_ERRORS) as e:

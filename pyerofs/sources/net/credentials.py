@@ -1,7 +1,7 @@
-"""Who we are to a registry or server: user names, passwords, and where other tools keep them.
+"""Credentials for registries and servers, and the files in which other tools keep them.
 
 The files are those of docker and podman: ``auths`` (with namespaces), ``credHelpers``, ``credsStore``,
-identity tokens.  They are read again whenever what they said was refused.
+identity tokens.  They are read again whenever their credentials are refused.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Credentials:
 
 
 def config_files() -> list[str]:
-    """Where credentials may be kept, the most specific first."""
+    """The files that may hold credentials, the most specific first."""
     home = os.path.expanduser("~")
     found = []
     if path := os.environ.get("REGISTRY_AUTH_FILE"):
@@ -54,8 +54,8 @@ def config_files() -> list[str]:
 
 
 async def find_credentials(registry: str, repository: str) -> Credentials | None:
-    """What is kept for a repository, or None.  Runs credential helpers; never raises for files or
-    helpers that don't work, but logs that."""
+    """The stored credentials for a repository, or None.  Runs credential helpers.  Files and helpers
+    that don't work are logged, and raise nothing."""
     for path in config_files():
         config = await trio.to_thread.run_sync(_load, path)
         if config is None:
@@ -142,7 +142,7 @@ def _from_entry(entry: dict[str, Any]) -> Credentials | None:
 
 
 async def _ask_helper(name: str, host: str) -> Credentials | None:
-    """Run ``docker-credential-NAME get``: the host goes in, JSON comes out."""
+    """Run ``docker-credential-NAME get``, with the host on stdin and JSON on stdout."""
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         log.warning("credential helper %r: not a name", name)
         return None
@@ -161,7 +161,7 @@ async def _ask_helper(name: str, host: str) -> Credentials | None:
         log.warning("%s: %s", command, reason)
         return None
     if done.returncode:
-        return None  # it has none for this host
+        return None  # the helper has no credentials for this host
     try:
         found = json.loads(done.stdout)
         username, secret = str(found["Username"]), str(found["Secret"])

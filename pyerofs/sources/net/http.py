@@ -26,13 +26,13 @@ from pyerofs.sources.net.transport import (
     retrying,
 )
 
-_ETAG = re.compile(r"[\x21-\x7e]{1,1024}")  # fit to be sent back; RFC 9110 wants quotes around it
+_ETAG = re.compile(r"[\x21-\x7e]{1,1024}")  # safe to send back; RFC 9110 requires quotes around it
 _DATE = re.compile(r"[\x20-\x7e]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """Which state of a resource is meant: its size and what the server calls that state."""
+    """A state of a resource: its size and the server's validators (ETag, Last-Modified)."""
 
     size: int
     etag: str | None = None
@@ -40,24 +40,24 @@ class Version:
 
     @property
     def identified(self) -> bool:
-        """Whether two downloads can be told to be of the same state."""
+        """Whether a validator can tell that two downloads are of the same state."""
         return self.etag is not None or self.modified is not None
 
     def condition(self) -> dict[str, str]:
-        """If-Range, where the validator is strong enough for it."""
+        """The If-Range header, if the ETag is a strong validator."""
         if self.etag is not None and not self.etag.startswith("W/"):
             return {"If-Range": self.etag}
         return {}
 
     def confirmed(self, response: httpx.Response) -> bool:
-        """Whether a response says that it is about this very state."""
+        """Whether a response has a validator of this state."""
         etag, modified = _validators(response)
         return (etag is not None and etag == self.etag) or (
             modified is not None and modified == self.modified
         )
 
     def differs(self, response: httpx.Response) -> bool:
-        """Whether a response is about another state."""
+        """Whether a response has the validator of another state."""
         etag, modified = _validators(response)
         if self.etag is not None and etag is not None:
             return etag != self.etag
@@ -78,8 +78,8 @@ class HttpBlob:
         ranged: bool = True,
         most: int = MAX_BLOB,
     ) -> None:
-        """``locate`` is asked where the blob is before each request, and may have to find out.
-        ``most``: how large it may be where the server can only send all of it."""
+        """``locate`` returns the blob's URL before each request, and may send requests itself.
+        ``most``: the largest size, in bytes, to accept from a server that does not send ranges."""
         self._transport = transport
         self._locate = locate
         self._version = version
@@ -98,9 +98,9 @@ class HttpBlob:
     ) -> AsyncGenerator[tuple[int, bytes], None]:
         """The bytes from ``start`` to ``end`` as (offset, bytes), in order.
 
-        From a server that sends all whatever we ask for, they begin at 0 and go on to the end of the
-        blob; ``ranged`` is False from then on.  Tries again after failures that may pass, from where
-        it was, as long as ``pace`` allows.  Raises SourceError."""
+        If the server ignores the range, the bytes run from 0 to the blob's end, and ``ranged`` is
+        False from then on.  After transient failures the download resumes where it was, as long as
+        ``pace`` allows.  Raises SourceError."""
         at = start
         failures = 0
         while at < end:
@@ -117,7 +117,7 @@ class HttpBlob:
                 self.traffic.retries += 1
 
     async def _once(self, start: int, end: int) -> AsyncGenerator[tuple[int, bytes], None]:
-        """One request."""
+        """Send one request, and yield its bytes as ``stream`` does."""
         headers = self._version.condition()
         if self.ranged:
             headers["Range"] = f"bytes={start}-{end - 1}"
@@ -135,7 +135,7 @@ class HttpBlob:
             raise Transient(f"{shown}: ended at byte {at}, {stop - at} bytes early")
 
     def _span(self, response: httpx.Response, shown: str, start: int, end: int) -> tuple[int, int]:
-        """Which bytes a response brings.  Raises SourceError where it is not what was asked for."""
+        """The range of bytes in a response.  Raises SourceError if it is not the one requested."""
         version = self._version
         if version.differs(response):
             raise ChangedError(f"{shown}: has changed since it was opened; open it again")
@@ -167,7 +167,7 @@ class HttpBlob:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a first request told: the version, whether ranges work, and the bytes it brought."""
+    """The result of the first request: version, whether ranges work, and the bytes received."""
 
     version: Version | None  # None: the server does not say how large it is
     ranged: bool
@@ -181,7 +181,7 @@ async def discover(
     timeout: float,
     attempts: int = MAX_ATTEMPTS,
 ) -> Found:
-    """Ask for the first segment, which also tells what there is.  Raises SourceError."""
+    """Request the first segment, which also reveals size and version.  Raises SourceError."""
 
     async def ask() -> Found:
         headers = {"Range": f"bytes=0-{SEGMENT - 1}"}
@@ -222,12 +222,12 @@ async def download(
     room: Callable[[int], bool] = lambda _: True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
-    """Write a whole body to a file: at most ``most`` bytes, and only what there is ``room`` for.
+    """Download a whole body into a file: at most ``most`` bytes, and only as ``room`` permits.
 
-    Goes on as long as something comes (``Pace``).  Raises SourceError."""
+    Continues as long as data arrives (``Pace``).  Raises SourceError."""
     shown = target.shown
     pace = Pace(timeout)
-    kept = 0  # bytes that there was room for, in any attempt
+    kept = 0  # bytes that ``room`` has granted, in any attempt
 
     async def once() -> None:
         nonlocal kept
@@ -263,7 +263,7 @@ async def download(
 
 
 def whole_is_too_large(shown: str, size: int) -> str:
-    """Why something is not fetched that can only be fetched whole."""
+    """The error message for a blob that is too large to be fetched whole."""
     return (
         f"{shown}: its server sends no parts, and the whole ({size} bytes so far or in all) is more"
         " than may be kept (--cache-limit)"

@@ -1,7 +1,7 @@
-"""HTTP as all remote sources use it: one client, redirects, refusals, and which failures may pass.
+"""The HTTP client of all remote sources: redirects, authentication, classification of failures.
 
-A request is sent once here.  What may help when tried again is raised as Transient; whoever knows
-how much has been done already does that (``http.py`` resumes, ``retrying`` starts anew).
+A request is sent once here.  A failure that may pass is raised as Transient; the caller, which knows
+how much has been done already, retries (``http.py`` resumes, ``retrying`` starts anew).
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ log = logging.getLogger("pyerofs")
 
 T = TypeVar("T")
 
-# what httpx raises for a server's mistakes; ValueError: words that can't be a URL or a header
+# what httpx raises for a server's errors; ValueError: an invalid URL or header
 _FAILURES = (httpx.HTTPError, httpx.InvalidURL, ValueError)
 
-MAX_CONNECTIONS = 8  # to one server; a registry serves others as well
+MAX_CONNECTIONS = 8  # at one time; a registry serves other clients, too
 CONNECT_TIMEOUT = 10.0
 IDLE_TIMEOUT = 20.0  # seconds without a byte before a connection counts as dead
 MAX_REDIRECTS = 5
-PACE = 64 << 10  # bytes that a download has to bring within each timeout: a modem's line
+PACE = 64 << 10  # bytes that a download has to bring within each timeout: a modem's speed
 MAX_ATTEMPTS = 10  # in a row without any progress; the deadline usually ends it earlier
 KNOCKS = (
-    4  # attempts to reach somebody when opening: a person waits, and may have misspelt the name
+    4  # attempts to connect to an unreachable server: a user waits, and its name may be misspelt
 )
 FIRST_DELAY, LONGEST_DELAY = 0.1, 5.0
-LONGEST_WAIT = 86400.0  # seconds that a server may ask us to wait
+LONGEST_WAIT = 86400.0  # seconds: the limit of a server's Retry-After
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
 class Transient(SourceError):
-    """A failure that may pass.  ``retry_after``: seconds that the server asks us to wait."""
+    """A failure that may pass.  ``retry_after``: the server's Retry-After, in seconds."""
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -54,7 +54,7 @@ class Transient(SourceError):
 
 
 class Unreachable(Transient):
-    """There is nobody to talk to; or the name is misspelt."""
+    """The server can't be connected to, or its name is misspelt."""
 
 
 class Refused(AuthenticationError):
@@ -67,7 +67,7 @@ class Gone(SourceError):
 
 @dataclass
 class Traffic:
-    """What has gone over the network."""
+    """Counters of network traffic."""
 
     requests: int = 0
     received: int = 0  # bytes of bodies
@@ -84,7 +84,7 @@ class Pace:
         self._got = 0
 
     def advance(self, n: int) -> None:
-        """Told that ``n`` bytes have come."""
+        """Report ``n`` bytes received."""
         self._got += n
         if self._got >= PACE:
             self._got = 0
@@ -98,11 +98,11 @@ class Authority(Protocol):
         """The Authorization header for a request to the origin, if one is known to be needed."""
 
     async def refused(self, response: httpx.Response) -> bool:
-        """Told of a 401 or 403; True if it is worth asking again with a new ``header``."""
+        """Handle a 401 or 403; True if the request should be repeated with a new ``header``."""
 
 
 class Target:
-    """Something to ask for: its own URL, and where that was redirected to when last asked."""
+    """A resource: its own URL, and the URL that its last request was redirected to."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -110,12 +110,12 @@ class Target:
 
     @property
     def shown(self) -> str:
-        """The URL for messages: queries may hold signatures."""
+        """The URL for messages, without its query, which may hold signatures."""
         return self.url.partition("?")[0]
 
 
 def joined(base: str, url: str) -> str | None:
-    """A URL that a server sent, as seen from another one; None where it is no HTTP URL."""
+    """A URL sent by a server, resolved against ``base``; None if it is no HTTP URL."""
     try:
         found = urljoin(base, url)
         _ = origin(found)
@@ -125,14 +125,14 @@ def joined(base: str, url: str) -> str | None:
 
 
 def origin(url: str) -> tuple[str, str, int | None]:
-    """Scheme, host and port: who may see credentials."""
+    """Scheme, host and port: credentials are sent only within one origin."""
     parts = urlsplit(url)
     default = {"http": 80, "https": 443}.get(parts.scheme)
     return parts.scheme, (parts.hostname or "").lower(), parts.port or default
 
 
 class Transport:
-    """A client for one image.  ``aclose`` it."""
+    """The HTTP client of one image.  Close it by ``aclose``."""
 
     def __init__(self, *, insecure: bool = False, cacert: str | None = None) -> None:
         """Raises SourceError where ``cacert`` can't be read."""
@@ -170,7 +170,7 @@ class Transport:
                     self._redirect(target, location, response, hops)
                 elif location != target.url and status in (401, 403, 404, 410):
                     if target.location == location:
-                        target.location = target.url  # what we were sent to has expired
+                        target.location = target.url  # the redirect has expired
                     hops += 1
                     if hops > MAX_REDIRECTS:
                         raise Refused(
@@ -220,7 +220,7 @@ class Transport:
         target.location = location
 
     async def body(self, response: httpx.Response, shown: str) -> AsyncGenerator[bytes, None]:
-        """The pieces of a body as they come.  Raises Transient when it breaks off."""
+        """The chunks of a body as they arrive.  Raises Transient if the connection breaks."""
         encoding = response.headers.get("content-encoding", "identity")
         if encoding != "identity":
             raise SourceError(f"{shown}: the server sends it encoded ({encoding}), unasked")
@@ -245,7 +245,7 @@ class Transport:
     async def post_form(
         self, target: Target, form: Mapping[str, str], limit: int
     ) -> tuple[bytes, Mapping[str, str]]:
-        """Send a form, which may hold secrets: nothing is redirected.  Returns the answer."""
+        """Send a form; follows no redirects, since it may hold secrets.  Returns the answer."""
         self.traffic.requests += 1
         try:
             request = self._client.build_request("POST", target.url, data=dict(form))
@@ -277,9 +277,9 @@ async def retrying(
     timeout: float,
     attempts: int = MAX_ATTEMPTS,
 ) -> T:
-    """Do something until it fails for good, ``attempts`` times, or for ``timeout`` seconds.
+    """Retry ``work`` after transient failures, at most ``attempts`` times and ``timeout`` seconds.
 
-    Raises Transient where more patience might have helped, other SourceErrors as they come."""
+    Raises Transient if further retries might have helped, other SourceErrors at once."""
     deadline = trio.current_time() + timeout
     failures = 0
     while True:
@@ -296,8 +296,8 @@ async def retrying(
 
 
 async def pause(e: Transient, failures: int, attempts: int, deadline: float) -> None:
-    """Wait before another try: twice as long each time, with jitter, or as long as the server says.
-    Raises the failure instead where it was one too many or the deadline would be missed."""
+    """Wait before a retry: exponential backoff with jitter, or the server's Retry-After.  Raises the
+    failure instead if no attempts are left or the deadline would be missed."""
     delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (failures - 1)) * random.uniform(0.75, 1.25)
     if e.retry_after is not None:
         delay = e.retry_after + random.uniform(0, FIRST_DELAY)
@@ -308,7 +308,7 @@ async def pause(e: Transient, failures: int, attempts: int, deadline: float) -> 
 
 
 def failure(shown: str, e: Exception) -> SourceError:
-    """What an exception of httpx means."""
+    """The SourceError for an exception of httpx."""
     cause: BaseException | None = e
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -330,7 +330,7 @@ def failure(shown: str, e: Exception) -> SourceError:
 
 
 def _plain(e: Exception) -> str:
-    """The reason of an exception in one line; those of sockets come wrapped several times."""
+    """The reason of an exception in one line; a socket's error may be wrapped several times."""
     cause: BaseException | None = e
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
@@ -340,7 +340,7 @@ def _plain(e: Exception) -> str:
 
 
 def _unwanted(target: Target, response: httpx.Response) -> SourceError:
-    """What a status that brings nothing means."""
+    """The SourceError for an unsuccessful status."""
     status = response.status_code
     if status in (401, 403):
         return Refused(f"{target.shown}: {_refusal(response)}")
@@ -359,7 +359,7 @@ def _refusal(response: httpx.Response) -> str:
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """The header's seconds, or the seconds to its date."""
+    """Retry-After in seconds, or the seconds to its date; None if there is none."""
     value = response.headers.get("retry-after", "").strip()
     if re.fullmatch(r"[0-9]{1,9}", value):
         return float(min(int(value), LONGEST_WAIT))
@@ -372,7 +372,7 @@ def _retry_after(response: httpx.Response) -> float | None:
 
 
 def _tls(insecure: bool, cacert: str | None) -> ssl.SSLContext:
-    """Trust what the system trusts (SSL_CERT_FILE and SSL_CERT_DIR say where that is)."""
+    """A TLS context with the system's authorities (SSL_CERT_FILE and SSL_CERT_DIR name them)."""
     context = ssl.create_default_context()
     if insecure:
         context.check_hostname = False
