@@ -1,11 +1,11 @@
 """dm-verity in user space: every read is checked against a hash tree, down from one trusted root hash.
 
-The tree's blocks hold the digests of the blocks a level below; those of the lowest level are of the
+The tree's blocks hold the digests of the blocks one level below; the lowest level holds those of the
 data.  The levels lie one after another, the top one first.  (Linux's admin-guide, device-mapper/verity;
 the superblock is cryptsetup's.)
 
-Sits above the cache, so a spoiled cache is caught; what is wrong is dropped there and read once more.
-What was checked is the very buffer that is handed out.
+A VeritySource sits above the cache, so it detects a corrupt cache; wrong blocks are dropped from the
+cache and read once more.  The buffer returned is the one that was checked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ALGORITHMS = {"sha1": 20, "sha256": 32, "sha512": 64}
 MIN_BLOCK, MAX_BLOCK = 512, 1 << 19
 MAX_SALT = 256
 MAX_NODES = 16 << 20  # bytes of checked hash blocks that are kept
-INLINE = 64 << 10  # bytes that are hashed on the event loop: 40 us; more goes to a thread
+INLINE = 64 << 10  # bytes that are hashed on the event loop: 40 us; more are hashed in a thread
 
 # signature, version, hash type, uuid, algorithm, data and hash block size, data blocks, salt size, salt
 SUPERBLOCK = struct.Struct("<8sII16s32sIIQH6x256s168x")
@@ -39,7 +39,7 @@ assert SUPERBLOCK.size == 512
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """All that describes a tree; checked by ``check_parameters``."""
+    """The parameters of a hash tree; checked by ``check_parameters``."""
 
     root_hash: bytes
     algorithm: str
@@ -56,7 +56,7 @@ class Parameters:
 
     @property
     def fan_out_bits(self) -> int:
-        """Log2 of how many digests a hash block holds."""
+        """Log2 of the number of digests in a hash block."""
         return (self.hash_block_size // self.digest_size).bit_length() - 1
 
     @property
@@ -93,7 +93,7 @@ def levels(p: Parameters) -> list[tuple[int, int]]:
 
 
 def check_parameters(p: Parameters, name: str) -> Parameters:
-    """The same, if they make sense.  Raises SourceError."""
+    """Return the parameters if they are valid.  Raises SourceError."""
     for what, size in (("data", p.data_block_size), ("hash", p.hash_block_size)):
         if size & (size - 1) or not MIN_BLOCK <= size <= MAX_BLOCK:
             raise SourceError(f"{name}: a verity {what} block size of {size} makes no sense")
@@ -140,7 +140,7 @@ def parse_superblock(data: Buffer, spec: VeritySpec, name: str) -> Parameters:
 
 
 def given_parameters(spec: VeritySpec, size: int, name: str) -> Parameters:
-    """The parameters of a tree without a superblock.  ``size``: of the data's source."""
+    """The parameters of a tree without a superblock.  ``size``: bytes of the data's source."""
     blocks = spec.data_blocks
     if blocks is None:
         end = size if spec.hash_device is not None else spec.hash_offset or 0
@@ -173,7 +173,7 @@ def _algorithm(name: str, where: str) -> str:
 async def open_verity(
     source: AsyncSource, spec: VeritySpec, hashes: AsyncSource | None
 ) -> VeritySource:
-    """Check a source against its tree, which is in ``hashes`` or in itself.  Owns both.
+    """A source checked against its tree, which is in ``hashes`` or in ``source``.  Owns both.
 
     Raises SourceError."""
     tree = hashes if hashes is not None else source
@@ -199,9 +199,9 @@ async def open_verity(
 
 
 class VeritySource(Wrapper):
-    """The data area of ``inner``, checked.  A mismatch is an IntegrityError with the block."""
+    """The data area of ``inner``, checked.  A mismatch raises IntegrityError, naming the block."""
 
-    blocking = None  # a thread would have to check as well; what is in memory is checked by peek
+    blocking = None  # blocking reads would be unchecked; ``peek`` checks bytes in memory
     backing = None
     quick = False
     verifiable = None  # each block is checked when it is read
@@ -226,7 +226,7 @@ class VeritySource(Wrapper):
         first = start // self._p.data_block_size
         for number, want in self._wanted_now(first, end // self._p.data_block_size):
             if want is None or self._differs(data, number - first, want):
-                return None  # read_at finds out, or tries again
+                return None  # read_at waits for the digests, or reads the block again
         return memoryview(data)[offset - start : offset - start + length]
 
     async def read_at(self, offset: int, length: int) -> Buffer:
@@ -286,7 +286,7 @@ class VeritySource(Wrapper):
         return bytes(node[at : at + self._p.digest_size])
 
     async def _expected(self, level: int, index: int) -> bytes:
-        """The digest that a block must have: one of data at level 0, of the tree above."""
+        """The digest that a block must have: a data block at level 0, else a hash block."""
         if level == len(self._levels):
             return self._p.root_hash
         number = index >> self._p.fan_out_bits
@@ -321,7 +321,7 @@ class VeritySource(Wrapper):
         return node
 
     def _wanted_now(self, first: int, end: int) -> list[tuple[int, bytes | None]]:
-        """The digests of data blocks as far as they can be told without waiting."""
+        """(number, digest) of data blocks; None for a digest that is not available without waiting."""
         return [(n, self._expected_now(0, n)) for n in range(first, end)]
 
     def _expected_now(self, level: int, index: int) -> bytes | None:

@@ -23,7 +23,7 @@ REF_NAME = "org.opencontainers.image.ref.name"
 
 
 class Layout:
-    """A layout directory, and what of it is meant."""
+    """A layout directory, and the tag or digest of the image to use."""
 
     def __init__(self, what: str) -> None:
         """``what``: ``oci-layout:DIR[:TAG|@DIGEST]``.  Raises RegistryError."""
@@ -33,7 +33,7 @@ class Layout:
             raise RegistryError(f"{self._directory}: is no OCI layout (it has no index.json)")
 
     async def document(self, descriptor: Descriptor | None) -> tuple[str, bytes]:
-        """The digest and the bytes of a document, or of what the name leads to."""
+        """The digest and the bytes of a document; without a descriptor, of the one that is named."""
         if descriptor is None and self._wanted is None:
             data = self._index()
             return digest_of(data, "sha256"), data
@@ -43,12 +43,12 @@ class Layout:
         return descriptor.digest, verified(data, descriptor.digest, self.name)
 
     def path(self, digest: str) -> str:
-        """The file of a blob."""
+        """The path of a blob's file."""
         algorithm, _, value = digest.partition(":")
         return os.path.join(self._directory, "blobs", algorithm, value)
 
     def _index(self) -> bytes:
-        """index.json, if it is clear without a name which image is meant."""
+        """The bytes of index.json.  Raises RegistryError if it lists several images."""
         data = _read(os.path.join(self._directory, "index.json"), MAX_DOCUMENT)
         if sum(d.platform is None for d in self._entries(data)) > 1:
             raise RegistryError(

@@ -1,8 +1,8 @@
-"""What OCI images are made of: indexes, manifests, descriptors; and how one layer is chosen.
+"""The documents of OCI images (indexes, manifests, descriptors), and the choice of one layer.
 
-Values and plain functions; where documents come from is the business of ``registry.py`` and
-``layout.py``.  (OCI image specification: image-index.md, manifest.md, descriptor.md; the EROFS layer
-types and the ``erofs`` OS feature are containerd's.)
+Values and plain functions; ``registry.py`` and ``layout.py`` get the documents.  (OCI image
+specification: image-index.md, manifest.md, descriptor.md; the EROFS layer types and the ``erofs`` OS
+feature are containerd's.)
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ MANIFEST_TYPES = (
 EROFS_LAYER = "application/vnd.erofs.layer"
 ZSTD = "+zstd"
 
-MAX_DOCUMENT = 4 << 20  # what registries accept as a manifest
+MAX_DOCUMENT = 4 << 20  # bytes: the largest manifest that registries accept
 MAX_DEPTH = 4  # of indexes within indexes
 MAX_ENTRIES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """What an image is for."""
+    """The platform that an image is built for."""
 
     os: str
     architecture: str
@@ -68,12 +68,12 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A layer, and what its manifest says of it."""
+    """A chosen layer, and its manifest's information about it."""
 
     layer: Descriptor | None  # None: a blob that the manifest does not list
     number: int | None
     manifest: str  # the manifest's digest
-    diff_id: str | None  # the digest of the uncompressed layer, where it was needed
+    diff_id: str | None  # the digest of the uncompressed layer; for zstd layers only
 
 
 # documents ---------------------------------------------------------------------------------
@@ -91,14 +91,14 @@ def parse_document(data: bytes, name: str) -> dict[str, Any]:
 
 
 def verified(data: bytes, digest: str, name: str) -> bytes:
-    """The same bytes, if they have the digest.  Raises IntegrityError."""
+    """Return the bytes if they have the digest.  Raises IntegrityError."""
     if digest_of(data, digest) != digest:
         raise IntegrityError(f"{name}: is not what its digest {digest} says")
     return data
 
 
 def parse_descriptor(value: object, name: str) -> Descriptor:
-    """Raises RegistryError."""
+    """Parse a descriptor.  Raises RegistryError."""
     if not isinstance(value, dict):
         raise RegistryError(f"{name}: holds a descriptor that is none")
     digest, size = value.get("digest"), value.get("size")
@@ -140,7 +140,7 @@ def parse_descriptors(document: dict[str, Any], key: str, name: str) -> list[Des
 
 
 def this_platform() -> Platform:
-    """This machine's."""
+    """The platform of this machine."""
     machine = os.uname().machine
     known = {
         "x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386",
@@ -163,10 +163,10 @@ def parse_platform(text: str) -> Platform:
 def choose_manifests(
     entries: Sequence[Descriptor], wanted: Platform, explicit: bool, name: str
 ) -> list[Descriptor]:
-    """The entries of an index that are for a platform, the best first.
+    """The entries of an index that fit a platform, the best first.
 
-    Those that say nothing of platforms come last.  Where nobody asked for a platform (not
-    ``explicit``), the only entry will do whatever it is for.  Raises RegistryError."""
+    Entries without a platform come last.  Unless the user has named the platform (``explicit``), a
+    sole entry fits whatever its platform.  Raises RegistryError."""
     real = [d for d in entries if d.platform is None or d.platform.architecture != "unknown"]
     found = [d for d in real if d.platform is not None and _fits(d.platform, wanted)]
     found.sort(key=lambda d: _rank(d.platform, wanted))
@@ -190,14 +190,14 @@ def _fits(found: Platform, wanted: Platform) -> bool:
 
 
 def _variant(platform: Platform) -> str:
-    """With the default of its architecture."""
+    """The platform's variant, or the default of its architecture."""
     return platform.variant or {"arm64": "v8", "arm": "v7", "amd64": "v1"}.get(
         platform.architecture, ""
     )
 
 
 def _rank(found: Platform | None, wanted: Platform) -> tuple[int, int, str]:
-    """What sorts first: EROFS variants of an image, the exact variant, then the nearest below."""
+    """The sort key: EROFS variants of an image, the exact variant, then the nearest below."""
     assert found is not None
     exact = _variant(found) == _variant(wanted)
     inverted = "".join(chr(255 - min(ord(c), 255)) for c in _variant(found))
@@ -242,7 +242,7 @@ async def resolve(
     layer: int | None,
     blob: str | None,
 ) -> Chosen:
-    """Find the layer that is meant, through indexes and the manifest.  Raises SourceError."""
+    """Find the layer to use, through indexes and the manifest.  Raises SourceError."""
     wanted = this_platform() if platform is None else parse_platform(platform)
     digest, manifest = await _manifest(get, None, name, wanted, platform is not None, 0)
     layers = parse_descriptors(manifest, "layers", name)
@@ -276,7 +276,7 @@ async def _manifest(
             try:
                 return await _manifest(get, entry, name, wanted, explicit, depth + 1)
             except RegistryError as e:
-                last = last or e  # an index without a platform may hold nothing for ours
+                last = last or e  # an index without a platform may hold nothing for this one
         assert last is not None
         raise last
     if document.get("schemaVersion") == 1:
@@ -291,7 +291,7 @@ async def _manifest(
 async def _diff_id(
     get: GetDocument, manifest: dict[str, Any], number: int, count: int, name: str
 ) -> str | None:
-    """The digest of a layer before compression, from the image's configuration, if that has any."""
+    """The digest of a layer before compression, from the image's configuration, if it has one."""
     config = parse_descriptor(manifest.get("config"), name)
     if not config.media_type.endswith("json") or config.size > MAX_DOCUMENT:
         return None

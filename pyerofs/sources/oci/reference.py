@@ -1,4 +1,4 @@
-"""What people call an image in a registry: ``[HOST[:PORT]/]NAME[:TAG][@DIGEST]``.
+"""References to images in registries: ``[HOST[:PORT]/]NAME[:TAG][@DIGEST]``.
 
 The grammar is that of the OCI distribution specification and of Docker's references, with Docker's
 shorthand: no host means Docker Hub, and names without a slash there are below ``library/``.
@@ -25,7 +25,7 @@ MAX_NAME = 255
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A parsed reference.  ``digest`` wins where there is a ``tag`` as well."""
+    """A parsed reference.  ``digest`` takes precedence over ``tag``."""
 
     registry: str
     repository: str
@@ -39,7 +39,7 @@ class Reference:
 
     @property
     def wanted(self) -> str:
-        """What to ask the registry for: the digest or the tag."""
+        """The digest or tag to request from the registry."""
         return self.digest or self.tag or "latest"
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class Reference:
 
 
 def is_digest(text: str) -> bool:
-    """Whether this is a digest that can be verified."""
+    """Whether the text is a digest of an algorithm that can be verified."""
     return _DIGEST.fullmatch(text) is not None
 
 
@@ -65,7 +65,7 @@ def parse_digest(text: str) -> str:
 
 
 def parse_reference(text: str) -> Reference:
-    """Raises SourceError where the text is no reference."""
+    """Parse a reference.  Raises SourceError if the text is none."""
     rest = text.removeprefix("docker://")
     text = text if text.isprintable() else repr(text)
     digest = tag = None

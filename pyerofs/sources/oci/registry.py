@@ -40,18 +40,18 @@ from pyerofs.sources.spec import Access, SourceSpec
 log = logging.getLogger("pyerofs")
 
 PROBE_TIMEOUT = 10.0
-KNOWN_ATTEMPTS, KNOWN_TIMEOUT = 2, 10.0  # where the answer is known from last time
+KNOWN_ATTEMPTS, KNOWN_TIMEOUT = 2, 10.0  # if the cache has the last answer
 
 
 def patience(access: Access, known: bool) -> tuple[int, float]:
-    """How often to ask, and for how many seconds, before what is ``known`` has to do."""
+    """The number of attempts and the seconds for a request; fewer if a cached answer is ``known``."""
     if known:
         return KNOWN_ATTEMPTS, min(KNOWN_TIMEOUT, access.timeout)
     return MAX_ATTEMPTS, access.timeout
 
 
 class Registry:
-    """One repository of one registry.  ``transport`` is owned by whoever made it."""
+    """One repository of one registry.  Does not own ``transport``."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Registry:
         return await find_credentials(self.reference.registry, self.reference.repository)
 
     async def base(self) -> str:
-        """``https://HOST/v2/REPOSITORY``; with --insecure plain http, where TLS does not work."""
+        """``https://HOST/v2/REPOSITORY``; with --insecure plain http, if TLS does not work."""
         if self._base is None:
             scheme = "https"
             if self._spec.insecure and not await self._speaks_tls():
@@ -101,8 +101,8 @@ class Registry:
         return True
 
     async def document(self, descriptor: Descriptor | None) -> tuple[str, bytes]:
-        """The digest and the bytes of a manifest, index or configuration (by descriptor), or of what
-        the reference leads to.  From the cache where that is as good.  Raises SourceError."""
+        """The digest and the bytes of a manifest, index or configuration (by descriptor), or of the
+        reference's document.  By digest, from the cache if possible.  Raises SourceError."""
         name = str(self.reference)
         digest = self.reference.digest if descriptor is None else descriptor.digest
         cache = self._cache
@@ -123,7 +123,7 @@ class Registry:
         return digest, data
 
     async def _tagged(self) -> tuple[str, bytes]:
-        """What the tag leads to now; or, where the registry can't be reached, what it did last."""
+        """The tag's document now; if the registry can't be reached, the one that it named last."""
         reference, cache = self.reference, self._cache
         question = f"{reference.registry}/{reference.repository}:{reference.tag}"
         origin = self.origin
@@ -178,15 +178,15 @@ class Registry:
             raise RegistryError(f"{self.reference}: the registry has no such image") from None
 
     async def locate(self, digest: str) -> Target:
-        """Where a blob is."""
+        """The URL of a blob."""
         target = self._blobs.get(digest)
         if target is None:
             target = self._blobs[digest] = Target(f"{await self.base()}/blobs/{digest}")
         return target
 
     async def blob(self, digest: str, size: int | None, name: str, most: int) -> HttpBlob:
-        """A blob to be read in ranges; as a whole, from a registry that can't do them, where it has at
-        most ``most`` bytes.  Asks the registry only where its size is not known."""
+        """A blob to be read in ranges; as a whole, of at most ``most`` bytes, if the registry does not
+        support ranges.  Sends a request only if the size is not known."""
         ranged = True
         if size is None:
             target = await self.locate(digest)

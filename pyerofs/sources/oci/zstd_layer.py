@@ -1,6 +1,6 @@
-"""Layers that are one zstd stream: decompressed once, into the cache or an unnamed file, on the way in.
+"""Layers that are one zstd stream: decompressed while fetched, into the cache or an unnamed file.
 
-A plain zstd stream can only be read from its start, so there is nothing lazy about these.
+A plain zstd stream can only be read from its start, so these layers are never fetched in parts.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ MAX_WINDOW = 1 << 27  # of a zstd stream: what the format's own tools accept by 
 
 
 class Unpacker:
-    """Takes a stream of compressed pieces, writes what is in them, and keeps both digests."""
+    """Decompresses a stream, piece by piece, into a file, and computes both digests."""
 
     def __init__(
         self, fd: int, algorithms: tuple[str, str], name: str, room: Callable[[int], bool]
     ) -> None:
-        """``algorithms``: of the digests before and after.  ``room``: whether so many more bytes may be
-        written."""
+        """``algorithms``: of the digests before and after decompression.  ``room``: whether this
+        number of further bytes may be written."""
         import zstandard
 
         self.size = 0
@@ -42,12 +42,12 @@ class Unpacker:
         self.after = hashlib.new(algorithms[1])
         self._fd = fd
         self._error = zstandard.ZstdError
-        # a writer hands on what it has piece by piece: a small input may hold gigabytes
+        # a stream_writer emits its output piece by piece: a small input may expand to gigabytes
         decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
         self._zstd = decompressor.stream_writer(cast(BinaryIO, self))
 
     def feed(self, data: bytes) -> None:
-        """Blocks.  Raises SourceError."""
+        """Decompress a piece.  Blocks.  Raises SourceError."""
         self.before.update(data)
         try:
             self._zstd.write(data)
@@ -55,7 +55,7 @@ class Unpacker:
             raise IntegrityError(f"{self._name}: is no zstd stream ({e})") from None
 
     def write(self, data: bytes) -> int:
-        """Called with what comes out."""
+        """Called by the decompressor with its output.  Raises SourceError."""
         if not self._room(len(data)):
             raise SourceError(f"{self._name}: unpacks to more than may be kept (--cache-limit)")
         self.after.update(data)
@@ -77,11 +77,11 @@ async def unpack(
     cache: CacheDir | None,
     access: Access,
 ) -> tuple[int, int]:
-    """Decompress a layer into a file without a name, in the cache if there is one; its descriptor and
-    length.
+    """Decompress a layer into an unnamed file, in the cache if there is one; returns its descriptor
+    and length.
 
-    Both digests are verified; ``diff_id`` None: nothing says what it should be.  At most
-    ``access.cache_limit`` bytes, as long as something comes.  Raises SourceError."""
+    Both digests are verified (``diff_id`` is None if the image does not state it).  At most
+    ``access.cache_limit`` bytes; continues as long as data arrives.  Raises SourceError."""
     fd = temporary_file(cache)
     before, after = layer.digest.partition(":")[0], (diff_id or "sha256:").partition(":")[0]
     try:
@@ -113,7 +113,7 @@ async def unpack(
 
 
 def _at_most(limit: int) -> Callable[[int], bool]:
-    """Room for so many bytes, and no more."""
+    """A ``room`` that grants ``limit`` bytes in all."""
     left = limit
 
     def room(n: int) -> bool:
@@ -127,7 +127,7 @@ def _at_most(limit: int) -> Callable[[int], bool]:
 async def _gathered(
     chunks: AsyncIterator[tuple[int, bytes]], name: str
 ) -> AsyncGenerator[bytes, None]:
-    """Larger pieces, which are worth a thread's while; what was sent twice is left out."""
+    """Join chunks to larger pieces, which are worth a thread; bytes sent twice are left out."""
     buffer = bytearray()
     at = 0
     async for offset, chunk in chunks:
