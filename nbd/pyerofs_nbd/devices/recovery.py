@@ -221,7 +221,7 @@ def _sync(where: str) -> None:
 
 
 def read(path: str) -> bytes:
-    """The bytes of a recovery file, ours or another program's.  Raises NbdError.
+    """The bytes of a recovery file, also of another program's.  Raises NbdError.
 
     It must be a regular file that no other user can write: it decides a device's content."""
     if not os.path.isabs(path):
