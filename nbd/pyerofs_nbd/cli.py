@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from pyerofs.errors import ErofsError, one_line
-from pyerofs.system.daemon import access_to, ask_password, heeded
+from pyerofs.system.daemon import STOPS, access_to, ask_password, heeded
 from pyerofs.system.streams import open_standard_streams
 from pyerofs_nbd.devices.sysfs import node
 from pyerofs_nbd.errors import NbdError, sole_cause
@@ -150,8 +150,12 @@ def _leave(make: Callable[[], Attached], records: list[Record], behaviour: Behav
         print(f"{COMMAND}: the device can't be saved if its server dies", file=sys.stderr)
     if behaviour.supervise:
         return _supervise(found, records, behaviour)
+    if behaviour.foreground:
+        settle(found, behaviour)
+        return stay(found)
+    _ignore_signals()  # so that 130 means that nothing is left, and 0 that the devices stay
     settle(found, behaviour)
-    return stay(found) if behaviour.foreground else 0
+    return 0
 
 
 def _leave_supervisor(
@@ -194,6 +198,14 @@ def _end_on_signals() -> None:
 
     for number in heeded(signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
+
+
+def _ignore_signals() -> None:
+    """Have signals undo nothing any more."""
+    import signal
+
+    for number in heeded(*STOPS):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _serve(options: Options) -> int:
