@@ -7,9 +7,10 @@ import sys
 
 from pyerofs.errors import SourceError, one_line
 from pyerofs.sources.spec import Access, SourceSpec
+from pyerofs.system.arguments import UsageError
 from pyerofs.system.daemon import access_to
 from pyerofs.system.streams import open_standard_streams
-from pyerofs_fuse.options import Options, UsageError, parse, usage
+from pyerofs_fuse.options import Options, parse, usage
 
 MAX_LIST = 16 << 20  # characters read of a list of paths
 

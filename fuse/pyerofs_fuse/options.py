@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from pyerofs.sources.spec import OCI, WORDS, SourceSpec, SourceWords, split_words
+from pyerofs.sources.spec import OCI, TAKES, WORDS, SourceSpec, SourceWords
+from pyerofs.system.arguments import MountOption, Operand, Option, Takes, UsageError, read
 from pyerofs.units import parse_size
 
 T = TypeVar("T")
@@ -73,11 +74,21 @@ _IGNORED = {
 }  # fmt: skip
 
 
-_OWN = {"cache-size", "dbglevel", "record", "prefetch-list"}
-
-
-class UsageError(Exception):
-    """The command line is invalid; the message says why."""
+_VALUED = ("cache-size", "dbglevel", "record", "prefetch-list")
+_TAKES = {
+    **TAKES,
+    "oci": Takes.VALUE,
+    **dict.fromkeys(_VALUED, Takes.VALUE),
+    **dict.fromkeys(("help", "version", "foreground"), Takes.NOTHING),
+}
+_LETTERS = {
+    "f": "foreground",
+    "d": "debug",
+    "s": "single",
+    "n": "no-mtab",  # mount(8) passes it on
+    "h": "help",
+    "V": "version",
+}
 
 
 @dataclass
@@ -111,21 +122,13 @@ def parse(words: list[str]) -> Options:
     """Parse the words after the command's name.  Raises UsageError."""
     options = Options()
     names: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        if word == "--":
-            names += rest
-        elif word.startswith("--"):
-            _long(options, word[2:], rest)
-        elif word == "-o":
-            _mount_options(options, _value("-o", None, rest))
-        elif word.startswith("-o"):
-            _mount_options(options, word[2:])
-        elif word.startswith("-") and word != "-":
-            for letter in word[1:]:
-                _short(options, letter)
+    for item in read(words, _TAKES, _LETTERS):
+        if isinstance(item, Operand):
+            names.append(item.text)
+        elif isinstance(item, Option):
+            _option(options, item)
         else:
-            names.append(word)
+            _mount_option(options, item)
     if options.show:
         return options
     if options.image:
@@ -140,47 +143,22 @@ def parse(words: list[str]) -> Options:
     return options
 
 
-def _value(name: str, given: str | None, rest: object) -> str:
-    value = given if given is not None else next(rest, None)  # type: ignore[call-overload]
-    if value is None:
-        raise UsageError(f"{name} needs a value")
-    return str(value)
-
-
-def _long(options: Options, word: str, rest: object) -> None:
-    name, equals, given = word.partition("=")
-    value = given if equals else None
+def _option(options: Options, item: Option) -> None:
+    name = item.name
     if name in ("help", "version"):
         options.show = name
     elif name == "oci":
-        options.image = OCI + _value("--oci", value, rest)
-    elif options.source.knows(name):
-        wanted = WORDS[name].metavar is not None
-        if equals and not wanted:
-            raise UsageError(f"--{name} takes no value")
-        _source(options.source.set, name, _value(f"--{name}", value, rest) if wanted else "")
-    elif name in _OWN:
-        _own(options, name, _value(f"--{name}", value, rest))
-    elif name == "foreground":
-        options.foreground = True
-    else:
-        raise UsageError(f"unknown option --{name}")
-
-
-def _short(options: Options, letter: str) -> None:
-    if letter == "f":
-        options.foreground = True
-    elif letter == "d":
-        options.foreground = True
-        options.debug = max(options.debug, 3)
-    elif letter == "h":
-        options.show = "help"
-    elif letter == "V":
-        options.show = "version"
-    elif letter == "s":
+        options.image = OCI + item.text
+    elif name in WORDS:
+        _source(options.source.set, name, item.value or "")
+    elif name in _VALUED:
+        _own(options, name, item.text)
+    elif name == "single":
         options.single = True
-    elif letter != "n":  # mount(8) passes -n on
-        raise UsageError(f"unknown option -{letter}")
+    elif name in ("foreground", "debug"):
+        options.foreground = True
+        if name == "debug":
+            options.debug = max(options.debug, 3)
 
 
 def _source(take: Callable[[str, str], T], name: str, value: str) -> T:
@@ -208,20 +186,19 @@ def _is_ignored(name: str) -> bool:
     return name in _IGNORED or name.startswith("x-") or name == "comment"
 
 
-def _mount_options(options: Options, text: str) -> None:
-    for word in filter(None, split_words(text)):
-        name, equals, value = word.partition("=")
-        own = name.replace("_", "-")
-        if own in _OWN and equals:
-            _own(options, own, value)
-        elif _source(options.source.set_mount_word, name, value) or _is_ignored(name):
-            continue
-        elif name == "debug":
-            options.debug = max(options.debug, 3)
-        elif name + equals in _PASSED:
-            options.fuse.append(word)
-        else:
-            raise UsageError(f"unknown mount option {word!r}")
+def _mount_option(options: Options, item: MountOption) -> None:
+    name, value = item.name, item.value
+    own = name.replace("_", "-")
+    if own in _VALUED and value is not None:
+        _own(options, own, value)
+    elif _source(options.source.set_mount_word, name, value or "") or _is_ignored(name):
+        return
+    elif name == "debug":
+        options.debug = max(options.debug, 3)
+    elif name + ("" if value is None else "=") in _PASSED:
+        options.fuse.append(item.word)
+    else:
+        raise UsageError(f"unknown mount option {item.word!r}")
 
 
 def fuse_words(options: Options, name: str) -> list[str]:

@@ -6,19 +6,35 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from pyerofs.errors import ErofsError, one_line
+from pyerofs.errors import ErofsError, SourceError, one_line
+from pyerofs.system.arguments import UsageError
 from pyerofs.system.daemon import STOPS, access_to, ask_password, heeded
 from pyerofs.system.streams import open_standard_streams
 from pyerofs_nbd.devices.sysfs import node
 from pyerofs_nbd.errors import NbdError, sole_cause
-from pyerofs_nbd.options import Options, UsageError, for_exports, parse, usage
+from pyerofs_nbd.options import (
+    Attach,
+    Behaviour,
+    Disconnect,
+    ListDevices,
+    Login,
+    Mode,
+    Reattach,
+    Serve,
+    Show,
+    Source,
+    TakeOver,
+    Unmount,
+    parse,
+    usage,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyerofs.sources.spec import Access, SourceSpec
+    from pyerofs.sources.spec import Access
     from pyerofs_nbd.devices.recovery import Credentials, Record
-    from pyerofs_nbd.lifecycle.attach import Attached, Behaviour
+    from pyerofs_nbd.lifecycle.attach import Attached
     from pyerofs_nbd.lifecycle.reattach import Group
 
 COMMAND = "pyerofs-nbd"
@@ -33,20 +49,14 @@ def run() -> None:
 def main(words: list[str]) -> int:
     """Run the command; returns its exit status."""
     try:
-        options = parse(words, activated=os.environ.get("LISTEN_PID") == str(os.getpid()))
+        mode = parse(words, activated=os.environ.get("LISTEN_PID") == str(os.getpid()))
     except UsageError as e:
         print(f"{COMMAND}: {one_line(str(e))} (--help shows how)", file=sys.stderr)
         return 2
-    if options.mode == "help":
-        print(usage(), end="")
-        return 0
-    if options.mode == "version":
-        from pyerofs import __version__
-
-        print(f"{COMMAND} {__version__}")
-        return 0
+    except SourceError as e:
+        return _failed(e)
     try:
-        return _MODES[options.mode](options)
+        return _run(mode)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -55,6 +65,28 @@ def main(words: list[str]) -> int:
         return _failed(sole_cause(e))
     except Exception as e:
         return _failed(e)
+
+
+def _run(mode: Mode) -> int:
+    match mode:
+        case Show():
+            return _show(mode)
+        case Attach():
+            return _attach(mode)
+        case Serve():
+            return _serve(mode)
+        case ListDevices():
+            return _list(mode)
+        case Unmount():
+            return _unmount(mode)
+        case Disconnect():
+            return _disconnect(mode)
+        case Reattach(target=None):
+            return _reattach_all(mode)
+        case Reattach():
+            return _reattach(mode)
+        case TakeOver():
+            return _take_over(mode)
 
 
 def _failed(e: BaseException) -> int:
@@ -76,65 +108,49 @@ def _failed(e: BaseException) -> int:
     return 1
 
 
-# --- sources --------------------------------------------------------------------------------
-
-
-def _source(options: Options) -> tuple[SourceSpec, Record]:
-    """The source, and the template of the recovery files."""
-    from pyerofs_nbd.devices.recovery import Record
-
-    what = options.what
-    assert what is not None
-    spec = options.words.spec(what)
-    access = access_to(options.words)
-    record = Record(
-        spec, None, access, credentials(options, access), mountpoint=_mountpoint(options)
-    )
-    return spec, record
-
-
-def _mountpoint(options: Options) -> str | None:
-    return None if options.mount is None else os.path.realpath(options.mount)
-
-
-def credentials(options: Options, access: Access) -> Credentials:
-    """Where the password comes from, for the recovery file."""
-    from pyerofs_nbd.devices.recovery import Credentials
-
-    if options.password_file is not None:
-        return Credentials("file", options.password_file)
-    if access.password is None:
-        return Credentials()
-    typed = options.secret_typed or options.words.environment is None
-    return Credentials("terminal" if typed else "environment")
-
-
 # --- modes ----------------------------------------------------------------------------------
 
 
-def _behaviour(options: Options) -> Behaviour:
-    from pyerofs_nbd.lifecycle.attach import Behaviour
+def _show(mode: Show) -> int:
+    if mode.what == "help":
+        print(usage(), end="")
+    else:
+        from pyerofs import __version__
 
-    return Behaviour(options.foreground, options.verbose, options.log_file, options.supervise)
+        print(f"{COMMAND} {__version__}")
+    return 0
 
 
-def _attach(options: Options) -> int:
+def _attach(wanted: Attach) -> int:
     from pyerofs_nbd.devices.driver import check_privilege
-    from pyerofs_nbd.lifecycle.attach import Plan, attach
+    from pyerofs_nbd.devices.recovery import Record
+    from pyerofs_nbd.lifecycle.attach import attach
 
     check_privilege()
-    spec, record = _source(options)
+    spec = wanted.source.spec()
+    access = access_to(wanted.source.words)
+    template = Record(
+        spec,
+        None,
+        access,
+        credentials(wanted.source, access),
+        mountpoint=None if wanted.mount is None else os.path.realpath(wanted.mount),
+    )
     if not spec.is_remote and not spec.is_layout:
         os.close(os.open(spec.what, os.O_RDONLY | os.O_CLOEXEC))  # report a wrong path early
-    plan = Plan(
-        record,
-        _behaviour(options),
-        mount_words=tuple(options.mount_words),
-        wanted=options.nbd_device,
-        ioctl=options.ioctl,
-        dead_timeout=options.dead_timeout,
-    )
-    return _leave(lambda: attach(plan), [record], plan.behaviour)
+    return _leave(lambda: attach(wanted, template), [template], wanted.behaviour)
+
+
+def credentials(source: Source, access: Access) -> Credentials:
+    """Where the password comes from, for the recovery file."""
+    from pyerofs_nbd.devices.recovery import Credentials
+
+    if source.password_file is not None:
+        return Credentials("file", source.password_file)
+    if access.password is None:
+        return Credentials()
+    typed = source.secret_typed or source.words.environment is None
+    return Credentials("terminal" if typed else "environment")
 
 
 def _leave(make: Callable[[], Attached], records: list[Record], behaviour: Behaviour) -> int:
@@ -208,42 +224,40 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _serve(options: Options) -> int:
+def _serve(wanted: Serve) -> int:
     from pyerofs.system.daemon import start_logging
 
-    named: list[tuple[str, SourceSpec]] = []
-    if options.what is not None:
-        named.append(("", options.words.spec(options.what)))
-    shared = for_exports(options)
-    named += [(name, shared.spec(source)) for name, source in options.exports]
-    access = access_to(options.words)
-    start_logging(COMMAND, foreground=True, debug=int(options.verbose), log_file=options.log_file)
+    access = access_to(wanted.words)
+    behaviour = wanted.behaviour
+    start_logging(
+        COMMAND, foreground=True, debug=int(behaviour.verbose), log_file=behaviour.log_file
+    )
     from pyerofs_nbd.server.modes import serve
 
-    serve(options, named, access)
+    serve(wanted, access)
     return 0
 
 
-def _list(options: Options) -> int:
+def _list(wanted: ListDevices) -> int:
     from pyerofs_nbd.lifecycle import inventory
 
-    text = inventory.as_json() if options.json else inventory.as_table()
+    text = inventory.as_json() if wanted.json else inventory.as_table()
     if text:
         print(text)
     return 0
 
 
-def _unmount(options: Options) -> int:
+def _unmount(wanted: Unmount) -> int:
     from pyerofs_nbd.lifecycle.teardown import unmount_target
 
-    unmount_target(str(options.target))
+    unmount_target(wanted.target)
     return 0
 
 
-def _disconnect(options: Options) -> int:
+def _disconnect(wanted: Disconnect) -> int:
     from pyerofs_nbd.lifecycle.teardown import disconnect_target
 
-    for where in disconnect_target(str(options.target)):
+    for where in disconnect_target(wanted.target):
         print(
             f"{COMMAND}: {one_line(where)} is still mounted and can't be read any more; unmount it",
             file=sys.stderr,
@@ -251,29 +265,26 @@ def _disconnect(options: Options) -> int:
     return 0
 
 
-def _renewed(options: Options, group: Group) -> Group:
+def _renewed(group: Group, login: Login) -> Group:
     """The group with its password, and with the source options given anew."""
     from dataclasses import replace
 
-    first = _with_access(options, group.records[0])
+    first = _with_login(group.records[0], login)
     records = [replace(r, source=first.source, access=first.access) for r in group.records]
     return replace(group, records=records)
 
 
-def _with_access(options: Options, record: Record) -> Record:
+def _with_login(record: Record, login: Login) -> Record:
     from dataclasses import replace
 
-    changes = {
-        name: value for name, value in options.given if name in ("username", "insecure", "cacert")
-    }
     spec = record.source
-    if "username" in changes:
-        spec = replace(spec, username=changes["username"])
-    if "insecure" in changes:
+    if login.username is not None:
+        spec = replace(spec, username=login.username)
+    if login.insecure:
         spec = replace(spec, insecure=True)
-    if "cacert" in changes:
-        spec = replace(spec, cacert=os.path.abspath(changes["cacert"]))
-    password = access_to(options.words).password
+    if login.cacert is not None:
+        spec = replace(spec, cacert=login.cacert)
+    password = access_to(login.words).password
     if password is None:
         password = record.access.password or _password_of(record)
     return replace(record, source=spec, access=replace(record.access, password=password))
@@ -296,14 +307,13 @@ def _password_of(record: Record) -> str | None:
     raise NbdError(f"{record.source.name}: the password {how}; give it again (--password-file)")
 
 
-def _reattach(options: Options) -> int:
+def _reattach(wanted: Reattach) -> int:
     from pyerofs_nbd.lifecycle.reattach import Alive, group_of, reattach, resolve
 
-    if options.all:
-        return _reattach_all(options)
-    behaviour = _behaviour(options)
-    group = group_of(resolve(str(options.target)), accept_unpinned=options.accept_unpinned)
-    group = _renewed(options, group)
+    assert wanted.target is not None
+    behaviour = wanted.behaviour
+    group = group_of(resolve(wanted.target), accept_unpinned=wanted.accept_unpinned)
+    group = _renewed(group, wanted.login)
     try:
         return _leave(lambda: reattach(group, behaviour), group.records, behaviour)
     except Alive as e:
@@ -311,7 +321,7 @@ def _reattach(options: Options) -> int:
         return 0
 
 
-def _reattach_all(options: Options) -> int:
+def _reattach_all(wanted: Reattach) -> int:
     """Reattach all dead devices of pyerofs-nbd and mount.erofs, but none of other programs."""
     from pyerofs_nbd.devices import recovery, sysfs
     from pyerofs_nbd.devices.driver import check_privilege
@@ -321,17 +331,16 @@ def _reattach_all(options: Options) -> int:
     check_privilege()
     status = 0
     done: set[int] = set()
-    behaviour = _behaviour(options)
+    behaviour = wanted.behaviour
     for index in sysfs.devices():
         path = sysfs.backend(index)
         if index in done or not path or recovery.alive(path) or not os.path.isfile(path):
             continue
         try:
-            group = group_of(index, accept_unpinned=options.accept_unpinned)
+            group = group_of(index, accept_unpinned=wanted.accept_unpinned)
             done.update(group.indices)
-            group = _renewed(options, group)
-            found = reattach(group, behaviour)
-            settle(found, behaviour)
+            attached = reattach(_renewed(group, wanted.login), behaviour)
+            settle(attached, behaviour)
             print(node(index), flush=True)
         except Alive:
             continue
@@ -342,21 +351,9 @@ def _reattach_all(options: Options) -> int:
     return status
 
 
-def _takeover(options: Options) -> int:
+def _take_over(wanted: TakeOver) -> int:
     from pyerofs_nbd.lifecycle.reattach import group_of, resolve, take_over
 
-    behaviour = _behaviour(options)
-    group = group_of(resolve(str(options.target)))
-    group = _renewed(options, group)
+    behaviour = wanted.behaviour
+    group = _renewed(group_of(resolve(wanted.target)), wanted.login)
     return _leave(lambda: take_over(group, behaviour), group.records, behaviour)
-
-
-_MODES = {
-    "attach": _attach,
-    "serve": _serve,
-    "list": _list,
-    "unmount": _unmount,
-    "disconnect": _disconnect,
-    "reattach": _reattach,
-    "takeover": _takeover,
-}

@@ -7,10 +7,11 @@ import sys
 from datetime import UTC, datetime
 
 from pyerofs.cli.common import print_json
-from pyerofs.cli.messages import UsageError, complain
+from pyerofs.cli.messages import complain
 from pyerofs.errors import SourceError, one_line
+from pyerofs.sources.cache.blobfiles import BAD, COMPLETE
 from pyerofs.sources.cache.cachedir import Blob, CacheDir, default_directory
-from pyerofs.sources.cache.store import BAD, COMPLETE
+from pyerofs.system.arguments import UsageError
 from pyerofs.system.progress import Progress
 from pyerofs.units import format_size
 

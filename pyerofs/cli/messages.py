@@ -7,10 +7,6 @@ import sys
 from pyerofs.errors import one_line
 
 
-class UsageError(Exception):
-    """The command line is invalid; the message says why."""
-
-
 def complain(message: str) -> None:
     """Print an error message as one line on stderr."""
     print(f"pyerofs: {one_line(message)}", file=sys.stderr)

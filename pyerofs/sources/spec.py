@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeVar
 
 from pyerofs.errors import SourceError
+from pyerofs.system.arguments import Takes
 from pyerofs.units import parse_size
 
 T = TypeVar("T")
@@ -269,29 +270,15 @@ _ACCESS: Mapping[str, Word] = {
 }
 
 WORDS: Mapping[str, Word] = {**_SPEC, **_ACCESS, **{k: word for k, (_, word) in _VERITY.items()}}
+TAKES: Mapping[str, Takes] = {
+    name: Takes.NOTHING if word.metavar is None else Takes.VALUE for name, word in WORDS.items()
+}
 
 # mount.erofs' names for some of them; ``oci.password`` exists only here.
 _MOUNT_WORDS = {
     "oci.blob": "blob", "oci.layer": "layer", "oci.platform": "platform",
     "oci.username": "username", "oci.insecure": "insecure",
 }  # fmt: skip
-
-
-def split_words(text: str) -> list[str]:
-    """The words of an ``-o`` option: split at commas that no backslash precedes."""
-    words = [""]
-    escaped = False
-    for c in text:
-        if escaped:
-            words[-1] += c
-            escaped = False
-        elif c == "\\":
-            escaped = True
-        elif c == ",":
-            words.append("")
-        else:
-            words[-1] += c
-    return words
 
 
 class SourceWords:
@@ -305,10 +292,6 @@ class SourceWords:
         self._access: dict[str, Any] = {}
         self._verity: list[dict[str, Any]] = [{}]
         self._devices: list[str] = []
-
-    def knows(self, name: str) -> bool:
-        """Whether this is one of our words (``--offset`` as ``offset``)."""
-        return name in WORDS
 
     def set(self, name: str, value: str) -> None:
         """Take one option.  Raises ValueError with a message that starts with its name."""

@@ -302,13 +302,14 @@ def test_where_the_password_comes_from(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from pyerofs_nbd.cli import credentials
-    from pyerofs_nbd.options import parse
+    from pyerofs_nbd.options import Attach, parse
 
     secret = tmp_path / "secret"
     secret.write_text("x\n")
     monkeypatch.delenv("PYEROFS_PASSWORD", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    options = parse([word.replace("{}", str(secret)) for word in words])
-    found = credentials(options, options.words.access())
+    wanted = parse([word.replace("{}", str(secret)) for word in words])
+    assert isinstance(wanted, Attach)
+    found = credentials(wanted.source, wanted.source.words.access())
     assert (found.source, found.path) == (want[0], want[1] and str(secret))

@@ -3,39 +3,64 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from pyerofs_nbd.devices.mounting import MS_RDONLY, flags_and_data
-from pyerofs_nbd.options import Options, UsageError, for_exports, parse, usage
+from pyerofs_nbd.options import (
+    Attach,
+    Behaviour,
+    Certificates,
+    Disconnect,
+    ListDevices,
+    Reattach,
+    Serve,
+    Show,
+    TakeOver,
+    Unmount,
+    parse,
+    usage,
+)  # fmt: skip
 
-from pyerofs.sources.spec import WORDS, SourceSpec, VeritySpec, split_words
+from pyerofs.sources.spec import SourceSpec, VeritySpec
+from pyerofs.system.arguments import UsageError, split_words
+
+M = TypeVar("M")
 
 
-def spec(options: Options) -> SourceSpec:
-    assert options.what is not None
-    return options.words.spec(options.what)
+def parsed(kind: type[M], *words: str, activated: bool = False) -> M:
+    """What a command line means, which is of this kind."""
+    mode = parse(list(words), activated=activated)
+    assert isinstance(mode, kind)
+    return mode
+
+
+def spec(*words: str) -> SourceSpec:
+    return parsed(Attach, *words).source.spec()
 
 
 # --- what it means --------------------------------------------------------------------------
 
 
 def test_attach() -> None:
-    options = parse(["image"])
-    assert (options.mode, options.mount, options.nbd_device) == ("attach", None, None)
-    assert options.dead_timeout == 3600
-    assert spec(options) == SourceSpec(os.path.abspath("image"))
+    wanted = parsed(Attach, "image")
+    assert (wanted.mount, wanted.device, wanted.mount_words) == (None, None, ())
+    assert (wanted.dead_timeout, wanted.ioctl, wanted.behaviour) == (3600, False, Behaviour())
+    assert wanted.source.spec() == SourceSpec(os.path.abspath("image"))
 
 
 def test_all_of_attach() -> None:
-    options = parse(
-        ["--mount=a b", "--nbd-device", "/dev/nbd3", "--dead-timeout=10m", "--supervise", "-fv",
-         "--oci", "reg/img", "--layer", "2", "-o", "nodev,oci.platform=linux/arm64,x=1"]
+    wanted = parsed(
+        Attach, "--mount=a b", "--nbd-device", "/dev/nbd3", "--dead-timeout=10m", "--supervise",
+        "-fv", "--oci", "reg/img", "--layer", "2", "-o", "nodev,oci.platform=linux/arm64,x=1",
     )  # fmt: skip
-    assert options.mount == os.path.abspath("a b")
-    assert (options.nbd_device, options.dead_timeout) == (3, 600)
-    assert (options.supervise, options.foreground, options.verbose) == (True, True, True)
-    assert options.mount_words == ["nodev", "x=1"]
-    assert spec(options) == SourceSpec("oci://reg/img", layer=2, platform="linux/arm64")
+    assert wanted.mount == os.path.abspath("a b")
+    assert (wanted.device, wanted.dead_timeout) == (3, 600)
+    assert wanted.behaviour == Behaviour(foreground=True, verbose=True, supervise=True)
+    assert wanted.mount_words == ("nodev", "x=1")
+    want = SourceSpec("oci://reg/img", layer=2, platform="linux/arm64")
+    assert wanted.source.spec() == want
 
 
 @pytest.mark.parametrize(
@@ -48,79 +73,115 @@ def test_all_of_attach() -> None:
     ],
 )
 def test_ways_to_name_a_blob(words: list[str]) -> None:
-    assert spec(parse(words)) == SourceSpec("oci://r/i", blob="sha256:1")
+    assert spec(*words) == SourceSpec("oci://r/i", blob="sha256:1")
 
 
 def test_source_words_under_o_are_ours() -> None:
-    options = parse(["i", "--mount", "/m", "-o", "offset=512,device=/d,ro,cache_dir=/c,no_cache"])
-    assert spec(options) == SourceSpec(os.path.abspath("i"), 512, (SourceSpec("/d"),))
-    assert options.mount_words == ["ro"]
-    access = options.words.access()
+    wanted = parsed(
+        Attach, "i", "--mount", "/m", "-o", "offset=512,device=/d,ro,cache_dir=/c,no_cache"
+    )
+    assert wanted.source.spec() == SourceSpec(os.path.abspath("i"), 512, (SourceSpec("/d"),))
+    assert wanted.mount_words == ("ro",)
+    access = wanted.source.words.access()
     assert (access.cache, access.cache_dir) == (False, "/c")
 
 
 def test_verity_of_a_device() -> None:
-    options = parse(
-        ["i", "--verity-root-hash", "ab", "--verity-hash-offset=8", "--device", "/d",
-         "--verity-root-hash=cd", "--verity-hash-offset=9"]
+    found = spec(
+        "i", "--verity-root-hash", "ab", "--verity-hash-offset=8", "--device", "/d",
+        "--verity-root-hash=cd", "--verity-hash-offset=9",
     )  # fmt: skip
-    found = spec(options)
     assert found.verity == VeritySpec("ab", hash_offset=8)
     assert found.devices == (SourceSpec("/d", verity=VeritySpec("cd", hash_offset=9)),)
 
 
 def test_a_password_on_the_command_line_is_noticed() -> None:
-    assert parse(["i", "-o", "oci.username=u,oci.password=p"]).secret_typed
-    assert not parse(["i", "-o", "oci.username=u"]).secret_typed
+    assert parsed(Attach, "i", "-o", "oci.username=u,oci.password=p").source.secret_typed
+    assert not parsed(Attach, "i", "-o", "oci.username=u").source.secret_typed
 
 
-@pytest.mark.parametrize("mode", ["disconnect", "unmount", "reattach", "takeover"])
+TARGETED: dict[str, type[Disconnect | Unmount | Reattach | TakeOver]] = {
+    "disconnect": Disconnect,
+    "unmount": Unmount,
+    "reattach": Reattach,
+    "takeover": TakeOver,
+}
+
+
+@pytest.mark.parametrize("mode", TARGETED)
 @pytest.mark.parametrize("form", [["--{}", "/dev/nbd1"], ["--{}=/dev/nbd1"], ["/dev/nbd1", "--{}"]])
 def test_targets(mode: str, form: list[str]) -> None:
-    options = parse([word.format(mode) for word in form])
-    assert (options.mode, options.target) == (mode, "/dev/nbd1")
+    wanted = parse([word.format(mode) for word in form])
+    assert isinstance(wanted, TARGETED[mode])
+    assert wanted.target == "/dev/nbd1"
 
 
 def test_a_mount_point_as_target() -> None:
-    assert parse(["--unmount", "some where"]).target == os.path.abspath("some where")
-    assert parse(["--unmount", "nbd12"]).target == "nbd12"
-    assert parse(["--unmount", "--", "--odd"]).target == os.path.abspath("--odd")
+    assert parsed(Unmount, "--unmount", "some where").target == os.path.abspath("some where")
+    assert parsed(Unmount, "--unmount", "nbd12").target == "nbd12"
+    assert parsed(Unmount, "--unmount", "--", "--odd").target == os.path.abspath("--odd")
 
 
-def test_reattach_with_new_credentials() -> None:
-    options = parse(["--reattach", "nbd0", "--username=u", "--password-file", "p", "--insecure"])
-    assert [name for name, _ in options.given] == ["username", "password-file", "insecure"]
-    assert options.password_file == os.path.abspath("p")
-    assert parse(["--reattach", "--all", "--accept-unpinned"]).all
+@pytest.mark.parametrize("mode", ["reattach", "takeover"])
+def test_new_credentials(mode: str, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("p\n")
+    wanted = parse(
+        [f"--{mode}", "nbd0", "--username=u", f"--password-file={secret}", "--insecure",
+         "--cacert=c"]
+    )  # fmt: skip
+    assert isinstance(wanted, (Reattach, TakeOver))
+    login = wanted.login
+    assert (login.username, login.insecure) == ("u", True)
+    assert login.cacert == os.path.abspath("c")
+    assert login.words.access().password == "p"
+
+
+def test_all_devices() -> None:
+    wanted = parsed(Reattach, "--reattach", "--all", "--accept-unpinned")
+    assert (wanted.target, wanted.accept_unpinned) == (None, True)
+    login = wanted.login
+    assert (login.username, login.insecure, login.cacert) == (None, False, None)
 
 
 def test_list() -> None:
-    assert parse(["--list"]).mode == "list"
-    assert parse(["--list", "--json"]).json
+    assert not parsed(ListDevices, "--list").json
+    assert parsed(ListDevices, "--list", "--json").json
 
 
 def test_serve() -> None:
-    options = parse(
-        ["--socket", "/s", "--listen=:1", "--listen", "h:2", "i", "--export=a=x=y", "--export",
-         "b=oci://r", "--tls-cert=c", "--tls-key=k", "--tls-ca=a", "--tls-required"]
+    wanted = parsed(
+        Serve, "--socket", "/s", "--listen=:1", "--listen", "h:2", "/i", "--export=a=/x=y",
+        "--export", "b=oci://r", "--tls-cert=c", "--tls-key=k", "--tls-ca=a",
     )  # fmt: skip
-    assert options.mode == "serve"
-    assert (options.sockets, options.listens) == (["/s"], [":1", "h:2"])
-    assert options.exports == [("a", "x=y"), ("b", "oci://r")]
-    assert options.tls_cert == os.path.abspath("c")
-    assert options.tls_required
+    assert (wanted.sockets, wanted.listens, wanted.stdio) == (("/s",), (":1", "h:2"), False)
+    want = (("", SourceSpec("/i")), ("a", SourceSpec("/x=y")), ("b", SourceSpec("oci://r")))
+    assert wanted.named == want
+    certificate, key, authority = map(os.path.abspath, "cka")
+    assert wanted.tls == Certificates(certificate, key, authority, required=True)
+
+
+def test_tls_without_an_authority_is_offered_only() -> None:
+    wanted = parsed(Serve, "--socket=/s", "i", "--tls-cert=c", "--tls-key=k")
+    assert wanted.tls is not None
+    assert not wanted.tls_required
+    wanted = parsed(Serve, "--socket=/s", "i", "--tls-cert=c", "--tls-key=k", "--tls-required")
+    assert wanted.tls_required
 
 
 def test_exports_share_only_what_is_about_all() -> None:
-    options = parse(["--stdio", "i", "--offset=9", "--device=d", "--insecure", "--export=a=/x"])
-    assert for_exports(options).spec("/x") == SourceSpec("/x", insecure=True)
+    wanted = parsed(
+        Serve, "--stdio", "/i", "--offset=9", "--device=/d", "--insecure", "--export=a=/x"
+    )
+    own = SourceSpec("/i", 9, (SourceSpec("/d", insecure=True),), insecure=True)
+    assert wanted.named == (("", own), ("a", SourceSpec("/x", insecure=True)))
 
 
 def test_sockets_of_systemd() -> None:
-    assert parse(["i"], activated=True).mode == "serve"
-    assert parse(["i", "--export", "n=/x"], activated=True).mode == "serve"
-    assert parse(["i", "--mount", "/m"], activated=True).mode == "attach"
-    assert parse(["--list"], activated=True).mode == "list"
+    assert isinstance(parse(["i"], activated=True), Serve)
+    assert isinstance(parse(["i", "--export", "n=/x"], activated=True), Serve)
+    assert isinstance(parse(["i", "--mount", "/m"], activated=True), Attach)
+    assert isinstance(parse(["--list"], activated=True), ListDevices)
 
 
 @pytest.mark.parametrize(
@@ -128,19 +189,19 @@ def test_sockets_of_systemd() -> None:
     [("0", 0), ("90", 90), ("90s", 90), ("2m", 120), ("1h", 3600), ("30d", 2592000)],
 )
 def test_times(text: str, seconds: int) -> None:
-    assert parse(["i", "--dead-timeout", text]).dead_timeout == seconds
+    assert parsed(Attach, "i", "--dead-timeout", text).dead_timeout == seconds
 
 
-def test_help_and_version() -> None:
-    assert parse(["-h"]).mode == "help"
-    assert parse(["--version", "--nonsense-is-not-looked-at-before=1"][:1]).mode == "version"
+@pytest.mark.parametrize("word", ["-h", "--help", "-V", "--version"])
+def test_help_and_version(word: str) -> None:
+    assert parsed(Show, word).what == ("help" if "h" in word else "version")
 
 
 def test_help_is_complete_and_tidy() -> None:
     text = usage()
-    from pyerofs_nbd.options import _MODES, _OWN
+    from pyerofs_nbd.options import _TAKES
 
-    for name in [*_OWN, *_MODES, *WORDS, "help", "version"]:
+    for name in _TAKES:
         assert f"--{name}" in text
     assert max(map(len, text.splitlines())) <= 100
     assert text.endswith("\n")

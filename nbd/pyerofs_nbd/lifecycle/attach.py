@@ -29,7 +29,8 @@ from pyerofs_nbd.lifecycle.messages import Failed, Live, Message, Offer, Ready, 
 
 if TYPE_CHECKING:
     from pyerofs_nbd.devices.recovery import Record
-    from pyerofs_nbd.lifecycle.job import Job
+    from pyerofs_nbd.lifecycle.parameters import ServerParameters
+    from pyerofs_nbd.options import Attach, Behaviour
 
 M = TypeVar("M")
 
@@ -40,32 +41,6 @@ ENDS_IN = 10.0  # seconds that a server may take to end before it is killed
 SUPERVISED_TIMEOUT = 500
 
 
-@dataclass(frozen=True)
-class Behaviour:
-    """How a server process runs, in all modes."""
-
-    foreground: bool = False
-    verbose: bool = False
-    log_file: str | None = None
-    supervise: bool = False
-
-    @property
-    def io_timeout(self) -> int:
-        return SUPERVISED_TIMEOUT if self.supervise else sysfs.IO_TIMEOUT
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to attach, and how.  ``record`` is the template of the recovery files."""
-
-    record: Record
-    behaviour: Behaviour
-    mount_words: tuple[str, ...] = ()
-    wanted: int | None = None
-    ioctl: bool = False
-    dead_timeout: int = 3600
-
-
 @dataclass
 class Attached:
     """Devices that are attached together, in order; the first is the one to mount."""
@@ -73,6 +48,11 @@ class Attached:
     indices: list[int]
     paths: list[str]  # their recovery files; [] where there are none
     child: Child
+
+
+def io_timeout(behaviour: Behaviour) -> int:
+    """How long a read waits, in ms, before the driver looks for another connection."""
+    return SUPERVISED_TIMEOUT if behaviour.supervise else sysfs.IO_TIMEOUT
 
 
 class Child:
@@ -139,72 +119,71 @@ class Child:
             time.sleep(0.01)
 
 
-def start(job: Job) -> Child:
-    """Start a server process, which takes over the descriptors in ``job.keep``."""
+def start(parameters: ServerParameters) -> Child:
+    """Start a server process, which takes over the descriptors in ``parameters.keep``."""
     ours, theirs = control.pair()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if not pid:
-        _serve(job, ours, theirs)
+        _serve(parameters, ours, theirs)
     theirs.close()
-    for fd in job.keep:
+    for fd in parameters.keep:
         os.close(fd)
-    job.keep = []
+    parameters.keep = []
     return Child(pid, ours)
 
 
-def _serve(job: Job, ours: socket.socket, theirs: socket.socket) -> NoReturn:
+def _serve(parameters: ServerParameters, ours: socket.socket, theirs: socket.socket) -> NoReturn:
     try:
         ours.close()
         for number in heeded(*STOPS):
             signal.signal(number, signal.SIG_DFL)
         from pyerofs_nbd.lifecycle import holder
 
-        holder.run(job, theirs)
+        holder.run(parameters, theirs)
     except BaseException as e:
         control.send(theirs, Failed(f"can't start a server: {e}"))
     finally:
         os._exit(1)
 
 
-def attach(plan: Plan) -> Attached:
-    """Attach the plan's devices, mount them if asked to, and leave a server process running.
+def attach(wanted: Attach, template: Record) -> Attached:
+    """Attach the devices that are wanted, mount them if that is wanted, and leave a server process
+    running.  ``template`` is what the recovery files have in common.
 
     Raises NbdError, with all steps undone."""
-    from pyerofs_nbd.lifecycle.job import Job
+    from pyerofs_nbd.lifecycle.parameters import ServerParameters
 
-    where = plan.record.mountpoint
+    where = template.mountpoint
     if where is not None:
         _check_mountpoint(where)
     with ExitStack() as undo:
-        netlink = None if plan.ioctl else undo.enter_context(driver())
-        if plan.ioctl:
+        netlink = None if wanted.ioctl else undo.enter_context(driver())
+        if wanted.ioctl:
             check_privilege()
             sysfs.modprobe()
         recoverable = netlink is not None and netlink.has_identifiers
         if recoverable:
             recovery.directory(make=True)
             recovery.collect()
-        elif plan.behaviour.supervise:
+        elif wanted.behaviour.supervise:
             raise NbdError(
                 "--supervise: this kernel's nbd driver (before Linux 5.14) keeps no identifiers,"
                 " so a dead server can't be replaced"
             )
         name = recovery.token()
         if recoverable:
-            undo.callback(_remove, name, plan.record)
-        behaviour = plan.behaviour
+            undo.callback(_remove, name, template)
+        behaviour = wanted.behaviour
         child = start(
-            Job(
-                plan.record,
+            ServerParameters(
+                template,
                 name=name,
-                ioctl=plan.ioctl,
+                ioctl=wanted.ioctl,
                 recoverable=recoverable,
-                wanted=plan.wanted,
-                foreground=behaviour.foreground,
-                verbose=behaviour.verbose,
-                log_file=behaviour.log_file,
+                wanted=wanted.device,
+                behaviour=behaviour,
             )
         )
         undo.callback(child.stop)
@@ -216,14 +195,14 @@ def attach(plan: Plan) -> Attached:
                 undo.callback(_disconnect, index, None)
             child.send(messages.Attached(found.indices))
         else:
-            _connect(netlink, plan, ready.offers, found, undo)
+            _connect(netlink, wanted, ready.offers, found, undo)
         child.expect(Serving)
         for index in found.indices:
             sysfs.check_node(index)
-        watched(child, lambda: _configure(found.indices, behaviour.io_timeout), found)
+        watched(child, lambda: _configure(found.indices, io_timeout(behaviour)), found)
         if where is not None:
             undo.callback(_unmount, where, found.indices[0])
-            words = list(plan.mount_words)
+            words = list(wanted.mount_words)
             words += [f"device={sysfs.node(i)}" for i in found.indices[1:]]
             watched(child, lambda: mount(sysfs.node(found.indices[0]), where, words), found)
             if netlink is not None:
@@ -248,13 +227,13 @@ def _remove(name: str, record: Record) -> None:
 
 def _connect(
     netlink: Netlink,
-    plan: Plan,
+    wanted: Attach,
     offers: list[Offer],
     found: Attached,
     undo: ExitStack,
 ) -> None:
     """Attach a device for each offer, and send the server its ends of the connections."""
-    if plan.wanted is not None and len(offers) > 1:
+    if wanted.device is not None and len(offers) > 1:
         raise NbdError(f"--nbd-device: the image needs {len(offers)} devices; let them be chosen")
     with ExitStack() as ends:
         fds = []
@@ -266,15 +245,15 @@ def _connect(
                     offer.size,
                     [theirs.fileno()],
                     block_size=BLOCK_SIZE,
-                    dead_timeout=plan.dead_timeout,
+                    dead_timeout=wanted.dead_timeout,
                     identifier=offer.path,
-                    index=plan.wanted,
+                    index=wanted.device,
                 )
                 try:
                     index = netlink.connect(body)
                 except OSError as e:
-                    if plan.wanted is not None and not isinstance(e, TimeoutError):
-                        raise _why_not(plan.wanted, e) from None
+                    if wanted.device is not None and not isinstance(e, TimeoutError):
+                        raise _why_not(wanted.device, e) from None
                     raise explain(e) from None
             undo.callback(_disconnect, index, offer.path)
             found.indices.append(index)
@@ -387,7 +366,7 @@ def stay(found: Attached) -> int:
 
 def outcome(found: Attached, status: int) -> int:
     """The exit status for a server's wait status.  Raises NbdError if the server failed."""
-    from pyerofs_nbd.lifecycle.job import HANDED_OVER
+    from pyerofs_nbd.lifecycle.parameters import HANDED_OVER
 
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) in (0, HANDED_OVER):
         return 0

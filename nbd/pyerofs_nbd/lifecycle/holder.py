@@ -32,7 +32,6 @@ from pyerofs_nbd.devices.mounting import mounts_flat, unmount
 from pyerofs_nbd.devices.recovery import HEAD, Record
 from pyerofs_nbd.errors import NbdError, sole_cause
 from pyerofs_nbd.lifecycle import control
-from pyerofs_nbd.lifecycle.job import HANDED_OVER, Job, Part
 from pyerofs_nbd.lifecycle.messages import (
     Attached,
     Devices,
@@ -47,6 +46,7 @@ from pyerofs_nbd.lifecycle.messages import (
     Taken,
     TakeoverAsked,
 )  # fmt: skip
+from pyerofs_nbd.lifecycle.parameters import HANDED_OVER, Part, ServerParameters
 from pyerofs_nbd.server.exports import Export, Server
 
 log = logging.getLogger("pyerofs-nbd")
@@ -58,12 +58,12 @@ ORPHANED = signal.SIGUSR1  # sent by the kernel when the attacher's thread ends
 LAST_WORDS = 0.5  # seconds to receive what the attacher has sent before
 
 
-def run(job: Job, channel: socket.socket) -> NoReturn:
+def run(parameters: ServerParameters, channel: socket.socket) -> NoReturn:
     """All that the holder does, from the fork to its exit.  Never returns."""
     status = 1
     try:
-        _settle(job, channel)
-        status = trio.run(_Devices(job, channel).run)
+        _settle(parameters, channel)
+        status = trio.run(_Devices(parameters, channel).run)
     except BaseException as e:
         reason = sole_cause(e)
         if isinstance(reason, (ErofsError, NbdError)):
@@ -97,14 +97,14 @@ def _tell(channel: socket.socket, message: str) -> None:
         log.error("%s", message)
 
 
-def _settle(job: Job, channel: socket.socket) -> None:
+def _settle(parameters: ServerParameters, channel: socket.socket) -> None:
     """Become a daemon: a session of its own, and only the descriptors that the holder needs."""
     os.setsid()
     os.chdir("/")
     os.umask(0o077)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    keep = {0, 1, 2, channel.fileno(), *job.keep}
+    keep = {0, 1, 2, channel.fileno(), *parameters.keep}
     for fd in [int(name) for name in os.listdir("/proc/self/fd")]:
         if fd not in keep:
             try:
@@ -112,18 +112,23 @@ def _settle(job: Job, channel: socket.socket) -> None:
             except OSError:
                 pass  # the descriptor that listed the directory
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    for fd in (0,) if job.foreground else (0, 1, 2):
+    behaviour = parameters.behaviour
+    for fd in (0,) if behaviour.foreground else (0, 1, 2):
         os.dup2(null, fd)
     logging.root.handlers.clear()
-    log_file = None if job.foreground else job.log_file
-    start_logging(SERVER_NAME, foreground=job.foreground, debug=int(job.verbose), log_file=log_file)
+    start_logging(
+        SERVER_NAME,
+        foreground=behaviour.foreground,
+        debug=int(behaviour.verbose),
+        log_file=None if behaviour.foreground else behaviour.log_file,
+    )
 
 
 class _Devices:
     """The devices that one holder serves, from opening their sources to the last reply."""
 
-    def __init__(self, job: Job, channel: socket.socket) -> None:
-        self._job = job
+    def __init__(self, parameters: ServerParameters, channel: socket.socket) -> None:
+        self._parameters = parameters
         self._channel: socket.socket | None = channel
         self._parts: list[Part] = []
         self._exports: list[Export] = []
@@ -160,35 +165,37 @@ class _Devices:
     # --- start --------------------------------------------------------------------------------
 
     async def _open(self, background: trio.Nursery) -> None:
-        job = self._job
-        spec, access = job.record.source, job.record.access
+        parameters = self._parameters
+        template = parameters.record
+        spec, access = template.source, template.access
         self._sources = await open_async(spec, access, background)
         if spec.is_remote and access.prefetch == "metadata":
             from pyerofs.prefetch import prefetch_metadata_of
 
             background.start_soon(prefetch_metadata_of, self._sources)
         devices: Sequence[AsyncSource] = self._sources
-        is_flat = job.record.flat
-        may_be_flat = (job.record.mountpoint is None or mounts_flat()) if job.new else is_flat
+        may_be_flat = is_flat = template.flat
+        if parameters.new:
+            may_be_flat = template.mountpoint is None or mounts_flat()
         if len(devices) > 1 and may_be_flat:
             combined = await flat.combine(devices)
             is_flat = combined is not None
             devices = [combined] if combined is not None else devices
         spec = pinned_spec(spec, self._sources)
         prints = [await _fingerprint(source) for source in devices]
-        if job.known is None:
+        if parameters.known is None:
             for i, found in enumerate(prints):
                 record = replace(
-                    job.record, source=spec, fingerprint=found, part=i, flat=is_flat,
-                    mountpoint=None if i else job.record.mountpoint,
+                    template, source=spec, fingerprint=found, part=i, flat=is_flat,
+                    mountpoint=None if i else template.mountpoint,
                 )  # fmt: skip
-                path = recovery.path_of(job.name, i) if job.recoverable else None
+                path = recovery.path_of(parameters.name, i) if parameters.recoverable else None
                 part = Part(path, record)
                 self._parts.append(part)
                 if part.path is not None:
                     part.lock = recovery.write(part.path, record)
         else:
-            self._parts = job.known
+            self._parts = parameters.known
             for part in self._parts:
                 if part.record.part >= len(prints):
                     raise NbdError(f"{part.path}: names a part of the image that is not there")
@@ -199,7 +206,7 @@ class _Devices:
         self._server = Server(self._exports)
 
     async def _start(self, nursery: trio.Nursery, signals: AsyncIterator[int]) -> None:
-        if self._job.ioctl:
+        if self._parameters.ioctl:
             await self._attach_by_ioctl()
         offers = [Offer(part.path, export.source.size) for part, export in self._both()]
         await self._say(Ready(offers, [part.index for part in self._parts]))
@@ -209,11 +216,11 @@ class _Devices:
             raise _Abandoned
         for part, index in zip(self._parts, message.indices, strict=True):
             part.index = index
-        if not self._job.ioctl:
+        if not self._parameters.ioctl:
             connections, locks = fds[: len(self._parts)], fds[len(self._parts) :]
             for part, fd in zip(self._parts, connections, strict=True):
                 part.connection = socket.socket(fileno=fd)
-            if self._job.takeover:
+            if self._parameters.takeover:
                 for part, fd in zip(self._parts, locks, strict=True):
                     part.lock = fd
         self._state = State.SERVING
@@ -246,7 +253,7 @@ class _Devices:
         message = await self._last_word()
         if not isinstance(message, Live):
             await self._undo()
-            if self._job.new:
+            if self._parameters.new:
                 self._state = State.ENDING
                 self._scope.cancel()
             return
@@ -277,7 +284,7 @@ class _Devices:
 
     async def _undo(self) -> None:
         """Detach the devices of an attachment that was not completed."""
-        if not self._job.new:
+        if not self._parameters.new:
             return
         for part in self._parts:
             indices = [part.index] if part.index >= 0 else []
@@ -293,7 +300,7 @@ class _Devices:
             ours, theirs = socket.socketpair()
             part.connection = ours
             part.index = await trio.to_thread.run_sync(
-                ioctl.attach, theirs, export.source.size, self._job.wanted
+                ioctl.attach, theirs, export.source.size, self._parameters.wanted
             )
 
     # --- serving ------------------------------------------------------------------------------
@@ -329,7 +336,7 @@ class _Devices:
             recovery.remove(part.path)
         log.info("%s is disconnected", sysfs.node(part.index))
         if (
-            self._job.ioctl
+            self._parameters.ioctl
         ):  # without identifiers, only this process knows the image's other devices
             for other in self._parts:
                 if other.connection is not None:

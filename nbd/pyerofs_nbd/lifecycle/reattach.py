@@ -12,15 +12,16 @@ from pyerofs_nbd.devices import foreign, groups, recovery, sysfs
 from pyerofs_nbd.devices.driver import driver, explain, reconnect
 from pyerofs_nbd.errors import NbdError
 from pyerofs_nbd.lifecycle import control, messages
-from pyerofs_nbd.lifecycle.attach import Attached, Behaviour, start
-from pyerofs_nbd.lifecycle.job import Job, Part
+from pyerofs_nbd.lifecycle.attach import Attached, io_timeout, start
 from pyerofs_nbd.lifecycle.messages import Devices, Ready, Serving, Taken, TakeoverAsked
+from pyerofs_nbd.lifecycle.parameters import Part, ServerParameters
 
 if TYPE_CHECKING:
     from pyerofs_nbd.devices.recovery import Record
+    from pyerofs_nbd.options import Behaviour
 
 NOTICED_IN = 10.0  # seconds for the kernel to notice the death of a server whose lock is free
-STRANGERS_IN = 2.0  # the same for servers of other programs, which may as well be alive
+NOTICED_BY_OTHERS_IN = 2.0  # the same for servers of other programs, which may as well be alive
 HANDING_OVER = 30.0  # seconds for a server to finish its requests in flight
 
 
@@ -90,18 +91,18 @@ def group_of(index: int, *, accept_unpinned: bool = False) -> Group:
     return found
 
 
-def _job(group: Group, locks: list[int], behaviour: Behaviour, *, takeover: bool = False) -> Job:
+def _parameters(
+    group: Group, locks: list[int], behaviour: Behaviour, *, takeover: bool = False
+) -> ServerParameters:
     parts = [
         Part(path, record, lock=lock)
         for path, record, lock in zip(group.paths, group.records, locks, strict=True)
     ]
-    return Job(
+    return ServerParameters(
         group.records[0],
         known=parts,
         takeover=takeover,
-        foreground=behaviour.foreground,
-        verbose=behaviour.verbose,
-        log_file=behaviour.log_file,
+        behaviour=behaviour,
         keep=[fd for fd in locks if fd >= 0],
     )
 
@@ -122,16 +123,16 @@ def reattach(group: Group, behaviour: Behaviour) -> Attached:
                     os.close(taken)
                 raise Alive(f"{group.names}: has a server that lives; nothing was changed")
             locks.append(fd)
-        child = start(_job(group, locks, behaviour))
+        child = start(_parameters(group, locks, behaviour))
         undo.callback(child.stop)
         ready = child.expect(Ready)
-        patience = NOTICED_IN if group.ours else STRANGERS_IN
+        patience = NOTICED_IN if group.ours else NOTICED_BY_OTHERS_IN
         with ExitStack() as ends:
             fds = []
             for index, path, offer in zip(group.indices, group.paths, ready.offers, strict=True):
                 size = None if group.ours else offer.size
                 fds.append(ends.enter_context(_renewed(index, path, patience, size)).fileno())
-                sysfs.configure(index, io_timeout=behaviour.io_timeout)
+                sysfs.configure(index, io_timeout=io_timeout(behaviour))
             child.send(messages.Attached(group.indices), fds)
         child.expect(Serving)
         undo.pop_all()
@@ -158,7 +159,7 @@ def take_over(group: Group, behaviour: Behaviour) -> Attached:
             f" --reattach {sysfs.node(group.indices[0])} starts one"
         )
     with ExitStack() as undo:
-        child = start(_job(group, [-1] * len(group.paths), behaviour, takeover=True))
+        child = start(_parameters(group, [-1] * len(group.paths), behaviour, takeover=True))
         undo.callback(child.stop)
         child.expect(Ready)
         with control.dial(recovery.control_path(group.paths[0])) as old:

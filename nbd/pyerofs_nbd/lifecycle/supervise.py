@@ -13,9 +13,10 @@ from pyerofs_nbd.devices import recovery, sysfs
 from pyerofs_nbd.devices.netlink import Netlink
 from pyerofs_nbd.devices.recovery import Record
 from pyerofs_nbd.errors import NbdError
-from pyerofs_nbd.lifecycle.attach import Attached, Behaviour, settle
-from pyerofs_nbd.lifecycle.job import HANDED_OVER
+from pyerofs_nbd.lifecycle.attach import Attached, settle
+from pyerofs_nbd.lifecycle.parameters import HANDED_OVER
 from pyerofs_nbd.lifecycle.reattach import Alive, Group, reattach
+from pyerofs_nbd.options import Behaviour
 
 log = logging.getLogger("pyerofs-nbd")
 

@@ -12,10 +12,10 @@ import trio
 from pyerofs.images import flat
 from pyerofs.sources.base import AsyncSource
 from pyerofs.sources.open import open_async
-from pyerofs.sources.spec import Access, SourceSpec
+from pyerofs.sources.spec import Access
 from pyerofs.system.daemon import STOPS, heeded
 from pyerofs_nbd.errors import NbdError
-from pyerofs_nbd.options import Options
+from pyerofs_nbd.options import Serve
 from pyerofs_nbd.server import listen, tls
 from pyerofs_nbd.server.exports import Export, Server
 
@@ -23,35 +23,35 @@ SIGNALS = heeded(*STOPS)
 GRACE = 10.0  # seconds for replies in flight after a stop signal
 
 
-def serve(options: Options, named: list[tuple[str, SourceSpec]], access: Access) -> None:
+def serve(wanted: Serve, access: Access) -> None:
     """Serve until a signal, or until the only client has gone.
 
     Raises NbdError, ListenError, TlsError or SourceError, alone or in groups of one."""
+    files = wanted.tls
     context = None
-    if options.tls_cert is not None and options.tls_key is not None:
-        context = tls.server_context(options.tls_cert, options.tls_key, options.tls_ca)
+    if files is not None:
+        context = tls.server_context(files.certificate, files.key, files.authority)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until ``_serve`` handles them
     listeners = listen.activated()
     passed = len(listeners)  # their addresses are not printed: the parent process knows them
     try:
-        for path in options.sockets:
+        for path in wanted.sockets:
             listeners.append(listen.unix(path))
-        for where in options.listens:
+        for where in wanted.listens:
             listeners += listen.tcp(where)
-        if not listeners and not options.stdio:
+        if not listeners and not wanted.stdio:
             raise NbdError("no sockets were passed")
-        warning = listen.warning(listeners, tls_required=options.tls_required)
+        warning = listen.warning(listeners, tls_required=wanted.tls_required)
         if warning is not None:
             print(f"pyerofs-nbd: warning: {warning}", file=sys.stderr)
-        trio.run(_serve, options, named, access, listeners, passed, context)
+        trio.run(_serve, wanted, access, listeners, passed, context)
     finally:
         for listener in listeners:
             listener.close()
 
 
 async def _serve(
-    options: Options,
-    named: list[tuple[str, SourceSpec]],
+    wanted: Serve,
     access: Access,
     listeners: list[listen.Listener],
     passed: int,
@@ -63,7 +63,7 @@ async def _serve(
             sources: list[AsyncSource] = []
             try:
                 exports = []
-                for name, spec in named:
+                for name, spec in wanted.named:
                     opened = await open_async(spec, access, background)
                     if spec.is_remote and access.prefetch == "metadata":
                         from pyerofs.prefetch import prefetch_metadata_of
@@ -77,14 +77,14 @@ async def _serve(
                             " be exported on its own (--export)"
                         )
                     exports.append(Export(name, whole, spec.name))
-                server = Server(exports, tls=context, tls_required=options.tls_required)
+                server = Server(exports, tls=context, tls_required=wanted.tls_required)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_stop_on, signals, server, nursery.cancel_scope)
-                    if options.stdio:
+                    if wanted.stdio:
                         await listen.serve_stdio(server)
                     else:
                         for listener in listeners[passed:]:
-                            uri = listener.uri(named[0][0], tls=options.tls_required)
+                            uri = listener.uri(wanted.named[0][0], tls=wanted.tls_required)
                             print(uri, flush=True)
                         await listen.serve(server, listeners)
                     nursery.cancel_scope.cancel()

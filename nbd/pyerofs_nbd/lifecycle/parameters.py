@@ -6,6 +6,7 @@ import socket
 from dataclasses import dataclass, field
 
 from pyerofs_nbd.devices.recovery import Record
+from pyerofs_nbd.options import Behaviour
 
 HANDED_OVER = 3  # exit status: another process serves the devices now
 
@@ -22,7 +23,7 @@ class Part:
 
 
 @dataclass
-class Job:
+class ServerParameters:
     """The parameters of a server process.
 
     ``known``: the parts of devices that are attached already, in the order of their recovery files;
@@ -35,9 +36,7 @@ class Job:
     recoverable: bool = True  # whether the driver keeps identifiers
     ioctl: bool = False
     wanted: int | None = None  # with ioctl: which device
-    foreground: bool = False
-    verbose: bool = False
-    log_file: str | None = None
+    behaviour: Behaviour = field(default_factory=Behaviour)
     keep: list[int] = field(default_factory=list)  # descriptors
 
     @property
