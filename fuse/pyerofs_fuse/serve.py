@@ -18,9 +18,10 @@ from typing import NamedTuple, NoReturn
 import pyfuse3
 import trio
 
-from pyerofs.aio import AsyncImage, Schedule, open_scheduled
+from pyerofs.aio import AsyncImage, open_scheduled
 from pyerofs.errors import CorruptImage, ErofsError, UnsupportedFeature
 from pyerofs.image import Image
+from pyerofs.pager import Schedule
 from pyerofs.prefetch import paths_of, prefetch_metadata, prefetch_paths
 from pyerofs.sources.base import Source
 from pyerofs.sources.open import is_near, open_sources

@@ -100,7 +100,7 @@ def test_the_format_knows_the_contract_of_sources_and_nothing_of_the_machine(nam
 def test_a_network_block_device_is_just_bytes(name: str) -> None:
     """What is known of EROFS there, ``images`` and ``prefetch`` know."""
     for imported in ours(modules()[name].all):
-        assert wing(imported) not in ("format", "image", "aio", "path", "fsspec") or (
+        assert wing(imported) not in ("format", "image", "pager", "aio", "path", "fsspec") or (
             top(imported) != "pyerofs"
         )
 
@@ -109,7 +109,7 @@ def test_a_network_block_device_is_just_bytes(name: str) -> None:
 def test_who_may_know_trio(name: str) -> None:
     if any(top(n) == "trio" for n in modules()[name].all):
         assert (
-            name in ("pyerofs.aio", "pyerofs.prefetch", "pyerofs.system.status")
+            name in ("pyerofs.aio", "pyerofs.pager", "pyerofs.prefetch", "pyerofs.system.status")
             or wing(name) == "sources"
             or top(name) != "pyerofs"
         )
@@ -130,7 +130,7 @@ def test_codecs_are_loaded_where_they_are_used(name: str) -> None:
     used = {top(n) for n in modules()[name].all} & CODECS
     # the cache's checksums, and layers that are compressed as a whole
     others = {
-        "pyerofs.sources.cache.store": {"isal", "zlib"},
+        "pyerofs.sources.cache.blobfiles": {"isal", "zlib"},
         "pyerofs.sources.oci.zstd_layer": {"zstandard"},
     }
     assert not used or name == "pyerofs.format.codecs" or used <= others.get(name, set())
