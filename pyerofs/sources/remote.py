@@ -13,10 +13,11 @@ import trio
 from pyerofs.errors import IntegrityError, SourceError
 from pyerofs.sources.base import MAX_BLOB, SEGMENT, AsyncSource, NoRoom
 from pyerofs.sources.cache.blobstore import BlobStore
-from pyerofs.sources.cache.cached import CachedSource, Remote
+from pyerofs.sources.cache.cached import CachedSource
 from pyerofs.sources.cache.cachedir import CacheDir, temporary_file
 from pyerofs.sources.cache.claim import Origin, origin_of
-from pyerofs.sources.cache.store import MEMORY_SEGMENTS
+from pyerofs.sources.cache.fetcher import Remote
+from pyerofs.sources.cache.memorystore import MEMORY_SEGMENTS
 from pyerofs.sources.local.digested import DigestedSource
 from pyerofs.sources.local.file import FileSource
 from pyerofs.sources.local.threaded import ThreadedSource
@@ -292,7 +293,7 @@ async def _open_layout(
 
 
 class _LocalBlob:
-    """A file as something to be streamed.  Implements ``cached.Remote``."""
+    """A file as something to be streamed.  Implements ``fetcher.Remote``."""
 
     ranged = True
 
@@ -366,7 +367,7 @@ async def _unpacked(
 
 
 class _Unpacked:
-    """Stands for a layer that can't be fetched in parts.  Implements ``cached.Remote``."""
+    """Stands for a layer that can't be fetched in parts.  Implements ``fetcher.Remote``."""
 
     ranged = True
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pyerofs.errors import SourceError
 from pyerofs.sources import verity
-from pyerofs.sources.cache import store
+from pyerofs.sources.cache import blobfiles, store
 from pyerofs.sources.net.auth import parse_challenge
 from pyerofs.sources.net.credentials import _best_entry, _from_entry
 from pyerofs.sources.net.http import content_length, content_range
@@ -157,8 +157,8 @@ def test_verity_superblocks(data: bytes) -> None:
 def test_maps_of_the_cache(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     """A map that says anything: nothing that is not there is believed."""
     folder = PrivateDirectory.open(str(tmp_path_factory.mktemp("cache") / "blobs"))
-    Path(folder.path, "blob.map").write_bytes(store.MAP_MAGIC + data)
-    store.parse_header(store.MAP_MAGIC + data)
+    Path(folder.path, "blob.map").write_bytes(blobfiles.MAP_MAGIC + data)
+    blobfiles.parse_header(blobfiles.MAP_MAGIC + data)
     for found in (
         store.Verified.open(folder, "blob"),
         store.Claimed(folder, "blob", 3 << 20, {}, vouched=True),

@@ -9,15 +9,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from pyerofs.errors import IntegrityError
 from pyerofs.sources.base import Buffer, check_range
-from pyerofs.sources.cache.store import (
-    FILLING,
-    Claimed,
-    DiskStore,
-    MemoryStore,
-    Verified,
-    extent_of,
-    segments_of,
-)
+from pyerofs.sources.cache.blobfiles import FILLING, extent_of, segments_of
+from pyerofs.sources.cache.memorystore import MemoryStore
+from pyerofs.sources.cache.store import Claimed, DiskStore, Verified
 from pyerofs.system.private import PrivateDirectory
 
 log = logging.getLogger("pyerofs")

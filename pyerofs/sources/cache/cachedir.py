@@ -30,19 +30,17 @@ from typing import Any
 
 from pyerofs.errors import SourceError
 from pyerofs.sources.base import MAX_BLOB, SEGMENT, NoRoom
-from pyerofs.sources.cache.blobstore import BlobStore
-from pyerofs.sources.cache.claim import Origin
-from pyerofs.sources.cache.store import (
+from pyerofs.sources.cache.blobfiles import (
     BAD,
     COMPLETE,
     HEADER_SIZE,
-    Claimed,
-    Verified,
-    keep_verified,
     lock,
     parse_header,
     unlink_pair,
 )
+from pyerofs.sources.cache.blobstore import BlobStore
+from pyerofs.sources.cache.claim import Origin
+from pyerofs.sources.cache.store import Claimed, Verified, keep_verified
 from pyerofs.system.private import PrivateDirectory
 
 log = logging.getLogger("pyerofs")

@@ -1,9 +1,9 @@
-"""Where fetched segments are kept: on disk for all processes, or in memory for this one.
+"""Fetched segments on disk, for all processes.
 
-A blob on disk is two files.  ``NAME.data`` is as large as the blob and sparse.  ``NAME.map`` is a
-header, then eight bytes for each segment of 1 MiB: a mark that it is there, and its CRC-32.  Data is
-written before the mark; a reader checks the CRC the first time it meets a segment.  So whatever a
-crash, a full disk or another process leaves behind is never taken for what was fetched.
+A blob is two files (``blobfiles``): its data, and a map that marks the segments that are there and
+has the CRC-32 of each.  Data is written before its mark, and a process checks the CRC of a segment
+before it uses the segment for the first time.  So whatever a crash, a full disk or another process
+leaves behind is never taken for what was fetched.
 
 The CRC tells damage, not deceit.  A blob is first *claimed*: filled with what its server sent.  One
 whose digest was found right over a whole pass becomes *verified*: nothing is ever added to it again,
@@ -19,119 +19,39 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import mmap
 import os
-import struct
 import threading
-import time
-import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
-from pyerofs.errors import IntegrityError, SourceError
-from pyerofs.sources.base import MAX_BLOB, SEGMENT, SEGMENT_BITS, Buffer
+from pyerofs.errors import SourceError
+from pyerofs.sources.base import SEGMENT, SEGMENT_BITS, Buffer
+from pyerofs.sources.cache.blobfiles import (
+    BAD,
+    COMPLETE,
+    FILLING,
+    HEADER_SIZE,
+    MARK,
+    NO_LOCKS,
+    PRESENT,
+    STATE,
+    STATE_OFFSET,
+    checksum_function,
+    extent_of,
+    lock,
+    lock_names,
+    move_pair,
+    open_existing,
+    open_map,
+    parse_header,
+    segments_of,
+    unlink_pair,
+    write_header,
+)
 from pyerofs.sources.local.file import FileSource
 from pyerofs.system.private import PrivateDirectory, Untrusted
-
-MEMORY_SEGMENTS = 64  # kept by a MemoryStore
-
-MAP_MAGIC = b"PYEROFSM"
-VERSION = 2
-_HEADER = struct.Struct("<8sIIQII")  # magic, version, segment size, blob size, their CRC-32, state
-_FIXED = 24  # bytes of the header that the CRC-32 is of
-_STATE = struct.Struct("<I")
-STATE_OFFSET = 28
-HEADER_SIZE = 4096  # the rest of it is JSON, for people who list the cache
-# far apart, so that damage does not make one of another
-FILLING, COMPLETE, BAD = (int.from_bytes(word, "little") for word in (b"FILL", b"DONE", b"BAD!"))
-_MARK = struct.Struct("<II")  # PRESENT, CRC-32
-PRESENT = 0x50524553
-
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-
-
-def _checksum() -> Callable[[Buffer], int]:
-    """CRC-32; isal's is ten times as fast as zlib's."""
-    try:
-        from isal.isal_zlib import crc32
-    except ImportError:
-        return zlib.crc32
-    return cast(Callable[[Buffer], int], crc32)
-
-
-def segments_of(size: int) -> int:
-    """How many segments a blob has."""
-    return (size + SEGMENT - 1) >> SEGMENT_BITS
-
-
-def extent_of(size: int, number: int) -> tuple[int, int]:
-    """Offset and length of a segment of a blob."""
-    start = number << SEGMENT_BITS
-    return start, min(SEGMENT, size - start)
-
-
-class MemoryStore:
-    """The segments used last, at most ``capacity`` of them.
-
-    A segment that was dropped and is fetched again must be what it was: its SHA-256 is remembered."""
-
-    def __init__(self, size: int, name: str, capacity: int = MEMORY_SEGMENTS) -> None:
-        self.size = size
-        self._name = name
-        self._capacity = capacity
-        self._segments: OrderedDict[int, Buffer] = OrderedDict()
-        self._digests: dict[int, bytes] = {}
-        self._lock = threading.Lock()
-
-    def peek(self, offset: int, length: int) -> Buffer | None:
-        parts = []
-        end = offset + length
-        for number in range(offset >> SEGMENT_BITS, (end - 1 >> SEGMENT_BITS) + 1):
-            with self._lock:
-                data = self._segments.get(number)
-                if data is None:
-                    return None
-                self._segments.move_to_end(number)
-            start = number << SEGMENT_BITS
-            parts.append(memoryview(data)[max(offset - start, 0) : end - start])
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def present(self) -> int:
-        """How many segments are here now."""
-        return len(self._segments)
-
-    def has(self, number: int) -> bool:
-        return number in self._segments
-
-    def knows(self, number: int) -> bool:
-        """Whether a segment is here, or was."""
-        return number in self._digests
-
-    def put(self, number: int, data: Buffer) -> None:
-        """Keep a segment.  Raises IntegrityError where it is not what it was before."""
-        digest = hashlib.sha256(data).digest()
-        with self._lock:
-            if self._digests.setdefault(number, digest) != digest:
-                raise IntegrityError(
-                    f"{self._name}: the server sent other bytes at {number << SEGMENT_BITS}"
-                    " before; it can't be what its digest says"
-                )
-            self._segments[number] = data
-            while len(self._segments) > self._capacity:
-                self._segments.popitem(last=False)
-
-    def forget(self, number: int) -> None:
-        """Drop a segment that turned out wrong."""
-        with self._lock:
-            self._segments.pop(number, None)
-            self._digests.pop(number, None)
-
-    def clear(self) -> None:
-        self._segments.clear()
 
 
 class DiskStore:
@@ -145,7 +65,7 @@ class DiskStore:
         self.count = segments_of(size)
         self._map = map_fd
         self._fd = -1
-        self._checksum = _checksum()
+        self._checksum = checksum_function()
         # 1: there, and its checksum was right; the kernel gives pages as they are written to
         self._seen = mmap.mmap(-1, max(self.count, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._unseen = self.count
@@ -177,34 +97,34 @@ class DiskStore:
         return (self._fd, 0) if self.complete and not self._unseen else None
 
     def _read_state(self) -> int:
-        return int(_STATE.unpack(os.pread(self._map, _STATE.size, STATE_OFFSET))[0])
+        return int(STATE.unpack(os.pread(self._map, STATE.size, STATE_OFFSET))[0])
 
     def _set_state(self, state: int) -> None:
         """Tell all processes."""
         self._state = state
-        os.pwrite(self._map, _STATE.pack(state), STATE_OFFSET)
+        os.pwrite(self._map, STATE.pack(state), STATE_OFFSET)
 
     def _mark(self, number: int) -> int | None:
         """The checksum that a segment must have, or None if it is not there."""
-        found = os.pread(self._map, _MARK.size, HEADER_SIZE + number * _MARK.size)
-        if len(found) < _MARK.size:
+        found = os.pread(self._map, MARK.size, HEADER_SIZE + number * MARK.size)
+        if len(found) < MARK.size:
             return None
-        mark, checksum = _MARK.unpack(found)
+        mark, checksum = MARK.unpack(found)
         return int(checksum) if mark == PRESENT else None
 
     def present(self) -> int:
         """How many segments are marked, whether right or not.  Reads what is not a hole of the map."""
         found = 0
-        at, end = HEADER_SIZE, HEADER_SIZE + self.count * _MARK.size
+        at, end = HEADER_SIZE, HEADER_SIZE + self.count * MARK.size
         while at < end:
             try:
-                at = max(at, os.lseek(self._map, at, os.SEEK_DATA) // _MARK.size * _MARK.size)
+                at = max(at, os.lseek(self._map, at, os.SEEK_DATA) // MARK.size * MARK.size)
             except OSError:
                 break  # only holes from here on
             marks = os.pread(self._map, min(SEGMENT, end - at), at)
             if not marks:
                 break
-            found += marks[:: _MARK.size].count(PRESENT & 0xFF)
+            found += marks[:: MARK.size].count(PRESENT & 0xFF)
             at += SEGMENT
         return found
 
@@ -287,7 +207,7 @@ class DiskStore:
 
     def forget(self, number: int) -> None:
         """Drop a segment that turned out wrong."""
-        os.pwrite(self._map, bytes(_MARK.size), HEADER_SIZE + number * _MARK.size)
+        os.pwrite(self._map, bytes(MARK.size), HEADER_SIZE + number * MARK.size)
         self._recent = (0, 0, b"")
         self._saw(number, 0)
 
@@ -312,7 +232,7 @@ class Verified(DiskStore):
         """The blob of that name; None if there is none, or what is there can't be believed.
 
         Raises OSError."""
-        map_fd = _open_existing(folder, name)
+        map_fd = open_existing(folder, name)
         if map_fd is None:
             return None
         try:
@@ -361,9 +281,9 @@ class Claimed(DiskStore):
         self.about = about
         self._vouched = vouched
         self._writers = 0  # threads of this process that write; they share one lock
-        map_fd = _open_map(folder, name, size, about)
+        map_fd = open_map(folder, name, size, about)
         super().__init__(folder, name, map_fd, size)
-        _lock_names(map_fd, fcntl.F_UNLCK)  # which ``_open_map`` has locked
+        lock_names(map_fd, fcntl.F_UNLCK)  # which ``open_map`` has locked
 
     def put(self, number: int, data: Buffer) -> None:
         """Keep a segment.  Blocks.  Raises OSError where there is no room, or where the blob must not
@@ -379,7 +299,7 @@ class Claimed(DiskStore):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 view = view[n:]
                 offset += n
-            os.pwrite(self._map, _MARK.pack(PRESENT, checksum), HEADER_SIZE + number * _MARK.size)
+            os.pwrite(self._map, MARK.pack(PRESENT, checksum), HEADER_SIZE + number * MARK.size)
         self._saw(number, 1)
 
     @contextmanager
@@ -406,7 +326,7 @@ class Claimed(DiskStore):
         try:
             lock(self._map, kind, 0, 1)
         except OSError as e:
-            if e.errno in _NO_LOCKS:
+            if e.errno in NO_LOCKS:
                 return False
             raise
         return True
@@ -456,8 +376,8 @@ class Claimed(DiskStore):
                 return False
             os.fdatasync(own._fd)
             if place is not None:
-                _lock_names(own._map, fcntl.F_WRLCK)  # nobody opens one file here, and one there
-                _move_pair(own.folder, own.name, *place)
+                lock_names(own._map, fcntl.F_WRLCK)  # nobody opens one file here, and one there
+                move_pair(own.folder, own.name, *place)
             own._set_state(COMPLETE)
             self._state = COMPLETE
             return True
@@ -501,124 +421,12 @@ def _digest_of(store: DiskStore, algorithm: str) -> str | None:
     return f"{algorithm}:{found.hexdigest()}"
 
 
-def lock(fd: int, kind: int, start: int, length: int) -> None:
-    """A byte-range lock that belongs to the descriptor, not to the process."""
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
-
-
-def unlink_pair(folder: PrivateDirectory, name: str) -> None:
-    """Remove both files of a blob, as far as they are there.  Raises OSError."""
-    for suffix in (".data", ".map"):
-        folder.unlink(name + suffix)
-
-
-def _move_pair(folder: PrivateDirectory, name: str, to: PrivateDirectory, new_name: str) -> None:
-    """Move both files of a blob: the map, which makes it one, comes last."""
-    for suffix in (".data", ".map"):
-        folder.rename(name + suffix, to, new_name + suffix)
-
-
-def _lock_names(map_fd: int, kind: int) -> None:
-    """Hold the two files of a claimed blob together: shared while both are opened, exclusively while
-    both are moved.  Waits."""
-    try:
-        flock = _FLOCK.pack(kind, os.SEEK_SET, 1, 1, 0)
-        fcntl.fcntl(map_fd, fcntl.F_OFD_SETLKW, flock)
-    except OSError as e:
-        if e.errno not in _NO_LOCKS:
-            raise
-
-
-def _open_existing(folder: PrivateDirectory, name: str) -> int | None:
-    """The map's descriptor, locked against eviction; None where there is none."""
-    while True:
-        try:
-            fd = folder.open_file(f"{name}.map", os.O_RDWR)
-        except FileNotFoundError:
-            return None
-        except Untrusted:
-            folder.unlink(f"{name}.map")  # the directory is ours, so we may
-            return None
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        if os.fstat(fd).st_nlink:
-            return fd
-        os.close(fd)  # evicted meanwhile
-
-
-def _open_map(folder: PrivateDirectory, name: str, size: int, about: dict[str, Any]) -> int:
-    """The descriptor of a map with a header that makes sense, locked against eviction; and its names
-    are locked against being moved."""
-    while True:
-        for suffix in (".map", ".data"):
-            try:
-                os.close(folder.open_file(name + suffix, os.O_RDWR))
-            except FileNotFoundError:
-                pass
-            except Untrusted:
-                folder.unlink(name + suffix)
-        fd = folder.open_file(f"{name}.map", os.O_RDWR | os.O_CREAT)
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pass  # another process uses it already, or is about to: it will be whole
-            else:
-                _initialise(fd, size, about)
-            fcntl.flock(fd, fcntl.LOCK_SH)
-            _lock_names(fd, fcntl.F_RDLCK)
-            header = parse_header(os.pread(fd, HEADER_SIZE, 0))
-            good = header is not None and header[:2] in ((size, FILLING), (size, COMPLETE))
-            if good and folder.leads_to(f"{name}.map", fd):
-                os.utime(fd)  # the time of its last use, for eviction
-                return fd
-            # evicted, moved, discarded or damaged in between, or its maker has died: once more
-            folder.unlink_same(f"{name}.map", fd)
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-
-
-def _initialise(fd: int, size: int, about: dict[str, Any]) -> None:
-    """Write the header of a map that is new, torn or damaged; nobody else uses it."""
-    found = parse_header(os.pread(fd, HEADER_SIZE, 0))
-    if found is not None and found[0] == size and found[1] in (FILLING, COMPLETE):
-        return
-    os.ftruncate(fd, 0)
-    write_header(fd, size, FILLING, about)
-
-
-def write_header(fd: int, size: int, state: int, about: dict[str, Any]) -> None:
-    """Make the header of a map."""
-    text = json.dumps(about | {"since": int(time.time())}).encode()
-    room = HEADER_SIZE - _HEADER.size
-    fixed = _HEADER.pack(MAP_MAGIC, VERSION, SEGMENT, size, 0, 0)[:_FIXED]
-    header = fixed + _STATE.pack(zlib.crc32(fixed)) + _STATE.pack(state)
-    os.pwrite(fd, header + (text if len(text) < room else b"{}").ljust(room), 0)
-
-
-def parse_header(data: bytes) -> tuple[int, int, dict[str, Any]] | None:
-    """(size, state, about) in the beginning of a map; None where it is none, or is damaged."""
-    if len(data) < HEADER_SIZE:
-        return None
-    magic, version, segment, size, checksum, state = _HEADER.unpack_from(data)
-    if (magic, version, segment) != (MAP_MAGIC, VERSION, SEGMENT):
-        return None
-    if zlib.crc32(data[:_FIXED]) != checksum or size > MAX_BLOB:
-        return None
-    try:
-        about = json.loads(data[_HEADER.size : HEADER_SIZE].rstrip(b"\0 ") or b"{}")
-    except (ValueError, RecursionError):
-        about = {}
-    return size, state, about if isinstance(about, dict) else {}
-
-
 def keep_verified(
     folder: PrivateDirectory, name: str, fd: int, size: int, about: dict[str, Any]
 ) -> None:
     """Put a file, whose digest its caller has checked, among the verified blobs: the very file where it
     lies on the same file system, else a copy.  Blocks; raises OSError, with nothing left."""
-    checksum = _checksum()
+    checksum = checksum_function()
     new = f".{name}"
     try:
         unlink_pair(folder, new)  # of a process that died
@@ -633,10 +441,10 @@ def keep_verified(
                 data = os.pread(fd, length, offset)
                 if not linked and os.pwrite(data_file.fileno(), data, offset) != length:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                mark = _MARK.pack(PRESENT, checksum(data))
-                os.pwrite(map_file.fileno(), mark, HEADER_SIZE + number * _MARK.size)
+                mark = MARK.pack(PRESENT, checksum(data))
+                os.pwrite(map_file.fileno(), mark, HEADER_SIZE + number * MARK.size)
             os.fdatasync(data_file.fileno())
-        _move_pair(folder, new, folder, name)
+        move_pair(folder, new, folder, name)
     except OSError:
         unlink_pair(folder, new)
         raise

@@ -65,7 +65,7 @@ class Version:
 
 
 class HttpBlob:
-    """Fetches ranges of one URL.  Implements ``cached.Remote``."""
+    """Fetches ranges of one URL.  Implements ``fetcher.Remote``."""
 
     def __init__(
         self,

@@ -15,8 +15,8 @@ import trio
 
 from pyerofs.errors import IntegrityError, SourceError
 from pyerofs.sources.base import NoRoom
-from pyerofs.sources.cache.cached import Remote
 from pyerofs.sources.cache.cachedir import CacheDir, temporary_file
+from pyerofs.sources.cache.fetcher import Remote
 from pyerofs.sources.net.transport import Pace
 from pyerofs.sources.oci.manifest import Descriptor
 from pyerofs.sources.spec import Access
