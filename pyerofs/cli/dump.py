@@ -140,11 +140,10 @@ def _claims(image: Image) -> Iterator[Region]:
     end = ondisk.SUPER_OFFSET + sb.size
     yield Region(ondisk.SUPER_OFFSET, end, "superblock")
     if sb.feature_incompat & ondisk.INCOMPAT_COMPR_CFGS:
-        for algorithm in range(4):
+        for algorithm, name in ondisk.ALG_NAMES.items():
             if sb.algorithms >> algorithm & 1:
                 end = (end + 3) & ~3
                 length = int.from_bytes(vol.memory.bytes_at(0, end, 2), "little")
-                name = ondisk.ALG_NAMES[algorithm]
                 yield Region(end, end + 2 + length, "compression config", name)
                 end += 2 + length
     if sb.devices:

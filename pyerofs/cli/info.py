@@ -74,7 +74,7 @@ def _algorithms(image: Image) -> list[str]:
     sb = image.superblock
     if not sb.feature_incompat & ondisk.INCOMPAT_COMPR_CFGS:
         return ["lz4"] if sb.zero_padded else []
-    return [n for i, n in enumerate(ondisk.ALG_NAMES[:4]) if sb.algorithms >> i & 1]
+    return [name for number, name in ondisk.ALG_NAMES.items() if sb.algorithms >> number & 1]
 
 
 def _time(seconds: int) -> str:

@@ -224,9 +224,17 @@ PCLUSTER_MAX_SIZE = 1 << 20  # encoded
 PCLUSTER_MAX_DSIZE = 12 << 20  # decoded
 
 ALG_LZ4, ALG_LZMA, ALG_DEFLATE, ALG_ZSTD = range(4)
-ALG_SHIFTED = 4  # stored bytes (not on disk: how this parser names PLAIN pclusters)
-ALG_INTERLACED = 5  # stored bytes, rotated within the block to keep their logical offset
-ALG_NAMES = ("lz4", "lzma", "deflate", "zstd", "plain", "interlaced")
+# Not on disk, where an algorithm has 4 bits: how this parser names pclusters of stored bytes.
+ALG_SHIFTED = 16
+ALG_INTERLACED = 17  # rotated within the block, so that they keep their logical offset
+ALG_NAMES = {
+    ALG_LZ4: "lz4",
+    ALG_LZMA: "lzma",
+    ALG_DEFLATE: "deflate",
+    ALG_ZSTD: "zstd",
+    ALG_SHIFTED: "plain",
+    ALG_INTERLACED: "interlaced",
+}
 ALL_COMPR_ALGS = 0x0F
 
 ADVISE_COMPACTED_2B = 0x01  # compact indexes: 2-byte packs in the middle
