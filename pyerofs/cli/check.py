@@ -80,14 +80,14 @@ class Problem:
 
 
 # path of a directory (None: not in a directory), (name, nid) of entries in it
-Batch = tuple[bytes | None, list[tuple[bytes, int]]]
+FileGroup = tuple[bytes | None, list[tuple[bytes, int]]]
 Found = tuple[list[Problem], int, int]  # problems, bytes, files on missing devices
 
 
 class Checker:
     """One check of one image."""
 
-    _workers: Workers[Batch, Found] | Threads[Batch, Found]  # check data and xattrs
+    _workers: Workers[FileGroup, Found] | Threads[FileGroup, Found]  # check data and xattrs
 
     def __init__(self, image: Image, progress: Progress) -> None:
         self._image = image
@@ -241,7 +241,7 @@ class Checker:
             self.inodes += len(names)
             self._progress.advance(len(names))
 
-    def _batch(self, batch: Batch, fd: int) -> None:
+    def _batch(self, batch: FileGroup, fd: int) -> None:
         """Check one batch, in a worker."""
         here, names = batch
         total = 0

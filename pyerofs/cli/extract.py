@@ -65,7 +65,7 @@ def extract(args: argparse.Namespace) -> int:
     return 1 if extractor.failures else 0
 
 
-Batch = tuple[bytes, list[tuple[bytes, int]]]  # path of a directory, (name, nid) of files in it
+FileGroup = tuple[bytes, list[tuple[bytes, int]]]  # path of a directory, (name, nid) of files in it
 Found = tuple[int, Counter[str], set[int]]  # failures, skipped, made
 Name = tuple[Place, bytes]
 R = TypeVar("R")
@@ -95,7 +95,7 @@ class Extractor:
         self._owners = owners
         self._xattrs = xattrs
         self._lock = threading.Lock()
-        self._workers: Workers[Batch, Found] | Threads[Batch, Found]
+        self._workers: Workers[FileGroup, Found] | Threads[FileGroup, Found]
         self.failures = 0
         self.skipped: Counter[str] = Counter()
         self._first: dict[int, Name] = {}  # nid of a file with several links -> its first name
@@ -232,7 +232,7 @@ class Extractor:
             with self._lock:
                 self._progress.advance(len(batch))
 
-    def _batch(self, batch: Batch, fd: int) -> None:
+    def _batch(self, batch: FileGroup, fd: int) -> None:
         """Extract one batch, in a worker."""
         here, names = batch
         for name, nid in names:

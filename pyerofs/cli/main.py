@@ -9,14 +9,18 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyerofs import __version__
-from pyerofs.cli.messages import UsageError, complain
+from pyerofs.cli.messages import complain
 from pyerofs.errors import CorruptImage, ErofsError, UnsupportedFeature
 from pyerofs.sources.spec import DEFAULT_CACHE_LIMIT, OCI, WORDS, SourceWords
+from pyerofs.system.arguments import UsageError
 from pyerofs.system.streams import open_standard_streams
 from pyerofs.units import parse_size
+
+if TYPE_CHECKING:
+    _Verbs = argparse._SubParsersAction[Any]
 
 EPILOG = """\
 exit status: 0 done; 1 failed, or problems found (check), or incomplete (extract); 2 wrong usage.
@@ -34,7 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-V", "--version", action="version", version=f"pyerofs {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND", dest="verb", required=True)
+    _add_image_verbs(verbs)
+    _add_other_verbs(verbs)
+    return parser
 
+
+def _image_options() -> _Parser:
+    """What all verbs share that take an image."""
     image = _Parser(add_help=False)
     image.add_argument(
         "image", metavar="IMAGE",
@@ -53,13 +63,19 @@ def build_parser() -> argparse.ArgumentParser:
             f"--{name}", action=_SourceWord, dest="source", metavar=word.metavar,
             nargs=None if word.metavar else 0, help=word.help,
         )  # fmt: skip
+    return image
+
+
+def _add_image_verbs(verbs: _Verbs) -> None:
+    image = _image_options()
     json = _Parser(add_help=False)
     json.add_argument("--json", action="store_true", help="print JSON")
 
     def verb(name: str, text: str, *parents: _Parser) -> argparse.ArgumentParser:
-        return verbs.add_parser(
+        added: argparse.ArgumentParser = verbs.add_parser(
             name, help=text, description=text, parents=[image, *parents], allow_abbrev=False
         )
+        return added
 
     verb("info", "Show the superblock, features, devices and how well it is compressed.", json)
 
@@ -98,6 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb("dump", "Account for every byte of the image: what is where.", json)
 
+
+def _add_other_verbs(verbs: _Verbs) -> None:
     p = verbs.add_parser("cache", help="Look after what was fetched from servers and registries.")
     p.add_argument("action", choices=["ls", "rm", "prune", "verify"])
     p.add_argument("blobs", metavar="BLOB", nargs="*", help="a key or the beginning of one")
@@ -114,7 +132,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = verbs.add_parser("completion", help="Print a completion script for a shell.")
     p.add_argument("shell", choices=["bash", "zsh", "fish"])
-    return parser
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
