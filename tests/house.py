@@ -24,11 +24,11 @@ PACKAGES = {
 ORDER: dict[str, list[str]] = {
     "": ["pyerofs", "pyerofs_fuse", "pyerofs_nbd"],
     "pyerofs": [
-        "errors", "units", "system", "sources", "format", "images", "image", "aio", "prefetch", "path",
-        "fsspec", "cli", "__main__",
+        "errors", "units", "system", "sources", "format", "images", "image", "pager", "aio", "prefetch",
+        "path", "fsspec", "cli", "__main__",
     ],
     "pyerofs.system": [
-        "libc", "mountinfo", "private", "streams", "progress", "daemon", "status",
+        "arguments", "libc", "mountinfo", "private", "streams", "progress", "daemon", "status",
     ],
     "pyerofs.sources": [
         "base", "spec", "portal", "local", "net", "cache", "oci", "verity", "remote", "open",
@@ -38,7 +38,8 @@ ORDER: dict[str, list[str]] = {
     ],
     "pyerofs.sources.net": ["credentials", "client", "transport", "auth", "http"],
     "pyerofs.sources.cache": [
-        "store", "blobstore", "claim", "cachedir", "ahead", "verifier", "cached",
+        "blobfiles", "memorystore", "store", "blobstore", "claim", "cachedir",
+        "ahead", "fetcher", "background", "verifier", "cached",
     ],
     "pyerofs.sources.oci": ["reference", "manifest", "layout", "registry", "zstd_layer"],
     "pyerofs.format": [
@@ -61,7 +62,7 @@ ORDER: dict[str, list[str]] = {
         "modes",
     ],
     "pyerofs_nbd.lifecycle": [
-        "job", "messages", "control", "holder", "attach", "reattach", "inventory", "supervise",
+        "parameters", "messages", "control", "holder", "attach", "reattach", "inventory", "supervise",
         "teardown",
     ],
 }  # fmt: skip
