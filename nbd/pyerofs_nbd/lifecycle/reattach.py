@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pyerofs_nbd.options import Behaviour
 
 NOTICED_IN = 10.0  # seconds for the kernel to notice the death of a server whose lock is free
-NOTICED_BY_OTHERS_IN = 2.0  # the same for servers of other programs, which may as well be alive
+FOREIGN_NOTICED_IN = 2.0  # the same for servers of other programs, which may as well be alive
 HANDING_OVER = 30.0  # seconds for a server to finish its requests in flight
 
 
@@ -126,7 +126,7 @@ def reattach(group: Group, behaviour: Behaviour) -> Attached:
         child = start(_parameters(group, locks, behaviour))
         undo.callback(child.stop)
         ready = child.expect(Ready)
-        patience = NOTICED_IN if group.ours else NOTICED_BY_OTHERS_IN
+        patience = NOTICED_IN if group.ours else FOREIGN_NOTICED_IN
         with ExitStack() as ends:
             fds = []
             for index, path, offer in zip(group.indices, group.paths, ready.offers, strict=True):
