@@ -27,6 +27,8 @@ FAR = (
     "net.transport",
     "oci.registry",
     "remote",
+    "cache.fetcher",
+    "cache.background",
     "cache.cached",
     "cache.verifier",
     "oci.zstd_layer",
