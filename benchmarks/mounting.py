@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -12,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from common import HERE, Report, cpu, drop_caches, find, memory
+from common import Report, cpu, drop_caches, find, memory
 
-KERNEL, EROFSFUSE, PYEROFS, CEILING = SYSTEMS = ("kernel", "erofsfuse", "pyerofs", "ceiling")
+KERNEL, EROFSFUSE, PYEROFS, PYFUSE3 = SYSTEMS = ("kernel", "erofsfuse", "pyerofs", "pyfuse3")
 READ = 1 << 20
 
 
@@ -64,46 +63,8 @@ class Command:
         return pids
 
 
-class Ceiling:
-    """ceiling.py, which loads a tree once and forks for each mount.  ``image``: whose tree."""
-
-    name = CEILING
-
-    def __init__(self, image: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, HERE / "ceiling.py", image],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._pids: dict[Path, int] = {}
-        self._ready = False
-
-    def mount(self, image: Path, where: Path) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        if not self._ready and not self._process.stdout.readline():
-            raise CannotMount("the ceiling did not load")
-        self._ready = True
-        self._process.stdin.write(f"{where}\n")
-        self._process.stdin.flush()
-        self._pids[where] = int(self._process.stdout.readline() or 0)
-
-    def daemons(self, where: Path) -> list[int]:
-        return [self._pids[where]] if where in self._pids else []
-
-    def __enter__(self) -> Ceiling:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
 def commands(report: Report) -> list[System]:
-    """The systems that this machine has, all but the ceiling; notes about the others."""
+    """The systems that this machine has; notes about the others."""
     found: list[System] = []
     with open("/proc/filesystems") as f:
         known = "\terofs\n" in f.read()
@@ -113,9 +74,13 @@ def commands(report: Report) -> list[System]:
         report.note("this kernel has no erofs driver: skipped")
     else:
         found.append(Command(KERNEL, "mount", "-t", "erofs", "-o", "ro,loop"))
-    for name, program in ((EROFSFUSE, "erofsfuse"), (PYEROFS, "pyerofs-fuse")):
+    for name, program, *words in (
+        (EROFSFUSE, "erofsfuse"),
+        (PYEROFS, "pyerofs-fuse", "--engine=direct"),
+        (PYFUSE3, "pyerofs-fuse", "--engine=pyfuse3"),
+    ):
         if path := find(program):
-            found.append(Command(name, path))
+            found.append(Command(name, path, *words))
         else:
             report.note(f"{program} is not on PATH: skipped")
     return found

@@ -1,9 +1,7 @@
 """How fast is a mounted image?
 
-Compares pyerofs-fuse with the kernel's driver, with erofsfuse, and with the ceiling: what a file
-system built on pyfuse3 could reach at best (ceiling.py).  Every measurement has a mount of its own,
-and all systems take turns in every round.  The ceiling holds decoded data, so it is measured once
-for all codecs.
+Compares both engines of pyerofs-fuse with the kernel's driver and with erofsfuse.  Every measurement
+has a mount of its own, and all systems take turns in every round.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import multiprocessing
 import os
 import random
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +17,9 @@ from typing import Any
 from common import Report, options, parse, say, timed
 from images import CODECS, QUICK, Images
 from mounting import (
-    CEILING,
     EROFSFUSE,
     SYSTEMS,
     CannotMount,
-    Ceiling,
     Mount,
     System,
     commands,
@@ -65,7 +60,7 @@ class Probes:
         add(what, "MB/s", found[0] / seconds / 1e6)
         if (after := m.cpu()) > before:
             add(f"{what}: daemon CPU", "s", after - before)
-        if m.system.name != CEILING and (peak := m.peak()):  # the ceiling's says nothing
+        if peak := m.peak():
             add(f"{what}: daemon peak memory", "MiB", peak)
 
 
@@ -158,35 +153,27 @@ def measure(kind: Probes, images: dict[str, Path], args: Any, report: Report) ->
     """Run the probes on the images in rounds, in which all systems take turns."""
     systems = [s for s in commands(report) if s.name in args.systems]
     probes = {what: probe for what, probe in kind.probes.items() if what in args.only}
-    last = list(images.values())[-1]  # the least compressed: loads fastest, serves for all codecs
-    with Ceiling(last) if CEILING in args.systems else nullcontext() as ceiling:
-        for number in range(args.rounds):
-            for what, probe in probes.items():
-                say(f"round {number + 1} of {args.rounds}: {what}")
-                systems.append(systems.pop(0))  # nobody is always the first
-                for name, image in images.items():
-                    for system in systems:
-                        one(system, image, [name], probe, args, report)
-                if ceiling:
-                    one(ceiling, last, list(images), probe, args, report)
+    for number in range(args.rounds):
+        for what, probe in probes.items():
+            say(f"round {number + 1} of {args.rounds}: {what}")
+            systems.append(systems.pop(0))  # nobody is always the first
+            for name, image in images.items():
+                for system in systems:
+                    one(system, image, name, probe, args, report)
 
 
-def one(
-    system: System, image: Path, names: list[str], probe: Probe, args: Any, report: Report
-) -> None:
-    """One measurement, added to the rows of the images in ``names``."""
+def one(system: System, image: Path, name: str, probe: Probe, args: Any, report: Report) -> None:
+    """One measurement, added to the rows of the image that is called ``name``."""
 
     def add(what: str, unit: str, value: float) -> None:
-        for name in names:
-            report.add(name, what, unit, system.name, value)
+        report.add(name, what, unit, system.name, value)
 
     try:
         with Mount(system, image, cold=args.cold) as m:
-            if system.name != CEILING:
-                add("mount to first ls", "ms", m.first_ls * 1e3)
+            add("mount to first ls", "ms", m.first_ls * 1e3)
             probe(m, add)
     except (CannotMount, OSError) as e:
-        report.note(f"{system.name} fails on {names[0]}: {e}")
+        report.note(f"{system.name} fails on {name}: {e}")
 
 
 def main() -> None:
@@ -217,7 +204,7 @@ def main() -> None:
         parser.error("--cold: only root can empty the caches")
     codecs = args.codecs or (QUICK_CODECS if args.quick else CODECS)
 
-    report = Report("mounts", "Mounted images", SYSTEMS, (EROFSFUSE, CEILING))
+    report = Report("mounts", "Mounted images", SYSTEMS, (EROFSFUSE,))
     state = "on disk, all caches empty" if args.cold else "in the page cache"
     report.note(f"each measurement has a new mount; the image is {state}")
     images = Images(args, report)

@@ -108,11 +108,11 @@ class Image:
     block; they raise CorruptImage or SourceError if the image or its source is at fault."""
 
     def __init__(self, sources: Sequence[Source], cache_size: int = DEFAULT_CACHE_SIZE) -> None:
-        self._sources = tuple(sources)
+        self.sources = tuple(sources)
         self._closed = False
-        memory = BlockingMemory(self._sources, cache_size)
+        memory = BlockingMemory(self.sources, cache_size)
         sb = superblock.load(lambda at, n: memory.bytes_at(0, at, n), memory.sizes[0])
-        self.volume = Volume(sb, memory, len(self._sources) - 1)
+        self.volume = Volume(sb, memory, len(self.sources) - 1)
         data.attach_metabox(self.volume)
         self.root = tree.root(self.volume)
 
@@ -132,7 +132,7 @@ class Image:
         if hasattr(self, "volume"):
             self.volume.memory = cast(BlockingMemory, _Closed())
             self.volume.known.clear()
-        for source in self._sources:
+        for source in self.sources:
             source.close()
 
     def verify(self, *, rest: bool = True) -> None:
@@ -142,7 +142,7 @@ class Image:
         Blocks until all blobs are fetched; with ``rest=False``, checks only those that are complete
         already.  Raises IntegrityError if a digest does not match: then no data read so far can be
         trusted."""
-        for source in self._sources:
+        for source in self.sources:
             if isinstance(source, VerifiableSource) and (rest or source.whole):
                 source.verify()
 

@@ -28,7 +28,8 @@ ORDER: dict[str, list[str]] = {
         "path", "fsspec", "cli", "__main__",
     ],
     "pyerofs.system": [
-        "arguments", "libc", "mountinfo", "private", "streams", "progress", "daemon", "status",
+        "arguments", "libc", "mountinfo", "private", "streams", "progress", "daemon", "status", "fuse",
+        "keeper",
     ],
     "pyerofs.sources": [
         "base", "spec", "portal", "local", "net", "cache", "oci", "verity", "remote", "open",
@@ -51,8 +52,10 @@ ORDER: dict[str, list[str]] = {
         "messages", "common", "directories", "workers", "cache", "check", "dump", "extract", "info",
         "listing", "mounts", "tar", "main", "completion",
     ],
-    "pyerofs_fuse": ["options", "processes", "listings", "mount", "operations", "serve", "cli"],
-    "pyerofs_fuse.processes": ["turns", "handles", "crew", "eager"],
+    "pyerofs.system.fuse": ["wire", "mounting"],
+    "pyerofs_fuse": ["options", "mount", "answers", "direct", "pyfuse", "cli"],
+    "pyerofs_fuse.direct": ["listings", "server", "far", "life"],
+    "pyerofs_fuse.pyfuse": ["operations", "life"],
     "pyerofs_nbd": ["errors", "devices", "options", "server", "lifecycle", "cli", "__main__"],
     "pyerofs_nbd.devices": [
         "netlink", "sysfs", "driver", "ioctl", "recovery", "groups", "foreign", "mounting",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from pyerofs.errors import SourceError, one_line
 from pyerofs.sources.spec import Access, SourceSpec
@@ -11,6 +13,12 @@ from pyerofs.system.arguments import UsageError
 from pyerofs.system.daemon import access_to
 from pyerofs.system.streams import open_standard_streams
 from pyerofs_fuse.options import Options, parse, usage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyerofs.system.daemon import Report
+    from pyerofs_fuse.mount import Job
 
 MAX_LIST = 16 << 20  # characters read of a list of paths
 
@@ -57,16 +65,32 @@ def _read_list(path: str) -> list[str]:
 
 
 def _mount(options: Options, spec: SourceSpec, access: Access, first: list[str]) -> int:
-    from pyerofs.system.daemon import Foreground, Report, fork, start_logging
+    from pyerofs.system.daemon import Foreground, fork, start_logging
+    from pyerofs_fuse.mount import Job
 
     report: Report = Foreground("pyerofs-fuse") if options.foreground else fork("pyerofs-fuse")
-    try:
-        from pyerofs_fuse import serve
-    except ImportError as e:
-        report.failed(f"{e}; is pyfuse3 installed? (it needs libfuse3-dev, pkg-config and gcc)")
+    job = Job(options, spec, access, first, report)
     start_logging("pyerofs-fuse", foreground=options.foreground, debug=options.debug)
     try:
-        serve.run(serve.Job(options, spec, access, first, report))
+        _engine(options, spec, report)(job)
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _engine(options: Options, spec: SourceSpec, report: Report) -> Callable[[Job], None]:
+    """The engine that was asked for, or else suits the source."""
+    name = options.engine
+    if name is None:
+        from pyerofs.sources.open import is_near
+
+        far = not is_near(spec)
+        name = "pyfuse3" if far and importlib.util.find_spec("pyfuse3") else "direct"
+    if name == "direct":
+        from pyerofs_fuse.direct.life import run
+    else:
+        try:
+            from pyerofs_fuse.pyfuse.life import run
+        except ImportError as e:
+            report.failed(f"{e}; is pyfuse3 installed?  (pip install 'pyerofs[fuse]')")
+    return run

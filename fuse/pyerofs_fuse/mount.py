@@ -1,52 +1,42 @@
-"""Make the FUSE mount: checks beforehand, one-line errors, tuning."""
+"""What both engines do about a mount point: checks beforehand, one-line errors, tuning."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import pyfuse3
+from typing import NamedTuple
 
 from pyerofs.errors import one_line
+from pyerofs.sources.spec import Access, SourceSpec
 from pyerofs.system import mountinfo
+from pyerofs.system.daemon import Report
 from pyerofs.system.libc import keep_freed_memory
-from pyerofs_fuse.options import Options, fuse_words
+from pyerofs_fuse.options import Options
+
+log = logging.getLogger("pyerofs-fuse")
 
 READ_AHEAD_KB = 2048
+
+
+class Job(NamedTuple):
+    """What to mount, and how."""
+
+    options: Options
+    spec: SourceSpec
+    access: Access
+    first: list[str]  # paths to prefetch before anything else, of a remote image
+    report: Report
 
 
 class MountError(Exception):
     """Mounting failed; the message is one line."""
 
 
-@contextmanager
-def mounted(operations: pyfuse3.Operations, options: Options, name: str) -> Iterator[None]:
-    """Mount, and unmount at the end of the block.  Messages of libfuse and fusermount3 become one
-    line.  ``name``: the source's name, the default for fsname.  Raises MountError."""
-    said = os.memfd_create("libfuse-messages")
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    os.dup2(said, 2)
-    try:
-        pyfuse3.init(operations, options.mountpoint, set(fuse_words(options, name)))
-    except RuntimeError:
-        text = os.pread(said, 4096, 0).decode("utf-8", "replace")
-        raise MountError(f"{options.mountpoint}: {_explain(text, options.mountpoint)}") from None
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(said)
-    try:
-        yield
-    finally:
-        pyfuse3.close()
-
-
-def _explain(text: str, where: str) -> str:
+def explain(text: str, where: str) -> str:
+    """One line for what mount(2), libfuse or fusermount3 said of a mount point."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if _is_ours(where):
         return "already mounted there, and only root can mount over it (fusermount3 -u unmounts)"
@@ -54,7 +44,7 @@ def _explain(text: str, where: str) -> str:
         return "can't be mounted from a user namespace without mounts of its own (see unshare -rm)"
     if any("user_allow_other" in line for line in lines):
         return "allow_other needs the line user_allow_other in /etc/fuse.conf (or root)"
-    return lines[0] if lines else "can't be mounted (libfuse gives no reason)"
+    return lines[0] if lines else "can't be mounted (and no reason is given)"
 
 
 def tune() -> None:
@@ -89,6 +79,16 @@ def read_ahead(mountpoint: str) -> None:
             f.write(str(READ_AHEAD_KB))
     except OSError:
         pass
+
+
+def write_record(path: str, paths: list[str]) -> None:
+    """Write the paths of the files that were opened, in the order of opening.  Logs errors."""
+    text = "".join(f"{p}\n" for p in paths if "\n" not in p)
+    try:
+        with open(path, "w", encoding="utf-8", errors="surrogateescape") as f:
+            f.write(text)
+    except OSError as e:
+        log.warning("%s: not written: %s", path, e.strerror)
 
 
 def check(options: Options) -> None:

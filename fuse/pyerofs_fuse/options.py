@@ -27,7 +27,9 @@ options:
   --dbglevel=N      0 (errors only) to 9; 3 and above log each request
   -f                stay in the foreground and log to stderr
   -d                like -f, and log requests
-  -s                serve with one process, rather than one for each processor
+  -s                ignored, for erofsfuse's sake
+  --engine=NAME     direct (speaks the kernel's protocol itself; survives its server's death) or
+                    pyfuse3 (default for images that are not on this machine, where it is installed)
   -o OPT[,OPT...]   mount options: allow_other, allow_root, default_permissions, auto_unmount,
                     nodev, nosuid, noexec, fsname=NAME, subtype=NAME; also all options
                     with values below and above (cache_size=N), and mount.erofs' oci.blob=,
@@ -74,7 +76,8 @@ _IGNORED = {
 }  # fmt: skip
 
 
-_VALUED = ("cache-size", "dbglevel", "record", "prefetch-list")
+_VALUED = ("cache-size", "dbglevel", "record", "prefetch-list", "engine")
+ENGINES = ("direct", "pyfuse3")
 _TAKES = {
     **TAKES,
     "oci": Takes.VALUE,
@@ -84,7 +87,7 @@ _TAKES = {
 _LETTERS = {
     "f": "foreground",
     "d": "debug",
-    "s": "single",
+    "s": "single",  # erofsfuse's: serve with one thread
     "n": "no-mtab",  # mount(8) passes it on
     "h": "help",
     "V": "version",
@@ -102,7 +105,7 @@ class Options:
     record: str | None = None
     cache_size: int = 64 << 20
     foreground: bool = False
-    single: bool = False  # one process
+    engine: str | None = None  # one of ENGINES; None: what suits the source
     debug: int = 0
     fuse: list[str] = field(default_factory=list)
     show: str = ""  # "help" or "version": only that
@@ -153,8 +156,6 @@ def _option(options: Options, item: Option) -> None:
         _source(options.source.set, name, item.value or "")
     elif name in _VALUED:
         _own(options, name, item.text)
-    elif name == "single":
-        options.single = True
     elif name in ("foreground", "debug"):
         options.foreground = True
         if name == "debug":
@@ -176,6 +177,10 @@ def _own(options: Options, name: str, value: str) -> None:
             options.debug = int(value)
         elif name == "record":
             options.record = os.path.abspath(value)
+        elif name == "engine":
+            if value not in ENGINES:
+                raise UsageError(f"{name}={value}: is one of {', '.join(ENGINES)}")
+            options.engine = value
         else:
             options.prefetch_list = os.path.abspath(value)
     except ValueError:
@@ -201,22 +206,18 @@ def _mount_option(options: Options, item: MountOption) -> None:
         raise UsageError(f"unknown mount option {item.word!r}")
 
 
-def fuse_words(options: Options, name: str) -> list[str]:
-    """The mount options for libfuse, escaped for its parser, ASCII only.  ``name``: the source's
-    name."""
-    words = ["ro"]
-    given = {w.partition("=")[0] for w in options.fuse}
-    if "fsname" not in given:
-        words.append("fsname=" + name)
-    if "subtype" not in given:
-        words.append("subtype=pyerofs-fuse")
-    if options.shared and "default_permissions" not in given:
+def mount_words(options: Options) -> tuple[str | None, str, list[str]]:
+    """The name and the kind of file system that are shown (None: the source's name), and the other
+    options of mount(8).  Who lets others in has the kernel check permissions."""
+    name, subtype, words = None, "pyerofs-fuse", []
+    for word in options.fuse:
+        key, _, value = word.partition("=")
+        if key == "fsname":
+            name = value
+        elif key == "subtype":
+            subtype = value
+        else:
+            words.append(word)
+    if options.shared and "default_permissions" not in words:
         words.append("default_permissions")
-    return [_escape(w) for w in words + options.fuse]
-
-
-def _escape(word: str) -> str:
-    """libfuse splits at commas and reads backslash escapes; pyfuse3 passes ASCII only."""
-    return "".join(
-        chr(b) if 0x20 <= b < 0x7F and b not in b",\\" else f"\\{b:03o}" for b in os.fsencode(word)
-    )
+    return name, subtype, words

@@ -19,7 +19,9 @@ def mounts(args: argparse.Namespace) -> int:
         return 0
     for mount in found:
         age = time.time() - mount.get("since", time.time())
-        print(f"{mount['mountpoint']}  (pid {mount.get('pid', '?')}, for {age:.0f} s)")
+        unprotected = ", unprotected" if mount.get("protected") is False else ""
+        pid = mount.get("pid", "?")
+        print(f"{mount['mountpoint']}  (pid {pid}, for {age:.0f} s{unprotected})")
         for source in mount["sources"]:
             print(f"  {_described(source)}")
         if mount.get("fetching"):

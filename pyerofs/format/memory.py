@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -41,7 +41,7 @@ METABOX = -1  # pseudo device: offsets inside the metabox inode
 DEVICES = 8192  # > superblock.MAX_DEVICES: packs window index and device into one key
 
 Key = TypeVar("Key")
-Value = TypeVar("Value", bound=Buffer)
+Value = TypeVar("Value", bound=Sized)
 
 
 PclusterKey: TypeAlias = tuple[int, int, int, int, int]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat as st
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple, NoReturn, TypeAlias
 
 from pyerofs.errors import (
@@ -268,6 +268,19 @@ def walk(vol: Volume, start: Inode) -> Iterator[tuple[Place, Dirent, Inode]]:
             if inode.is_dir:
                 directories.append((entry.name, inode))
         trail.enter(directories)
+
+
+def paths_of(vol: Volume, nids: Collection[int]) -> list[str]:
+    """A path of each inode, in the order of ``nids``; inodes not in the tree are left out.  Walks
+    the tree.  Raises CorruptImage."""
+    wanted = set(nids)
+    found: dict[int, str] = {}
+    for place, entry, inode in walk(vol, vol.root or root(vol)):
+        if inode.nid in wanted:
+            found.setdefault(inode.nid, shown_path(place, entry.name))
+            if len(found) == len(wanted):
+                break
+    return [found[nid] for nid in nids if nid in found]
 
 
 def once(seen: set[int], directory: Inode) -> None:

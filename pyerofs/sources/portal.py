@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Awaitable, Callable
-from typing import TypeAlias, TypeVar, TypeVarTuple
+from typing import Any, TypeAlias, TypeVar, TypeVarTuple
 
 import trio
 
@@ -131,6 +131,10 @@ class BlockingSource:
         if found is not None:
             return found
         return session.portal.run(self._inner.read_at, offset, length)
+
+    def status(self) -> dict[str, Any]:
+        """What is cached and what went over the network; see ``AsyncSource.status``."""
+        return self._inner.status()
 
     @property
     def _digested(self) -> Verifiable | None:

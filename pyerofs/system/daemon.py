@@ -61,11 +61,16 @@ class Background:
         """Detach from the terminal and let the parent exit with 0."""
         _detach()
         os.write(self._fd, b"\0")
-        os.close(self._fd)
+        self._close()
 
     def leave(self) -> None:
-        _detach()
+        if self._fd >= 0:  # else the forking process has reported already
+            _detach()
+            self._close()
+
+    def _close(self) -> None:
         os.close(self._fd)
+        self._fd = -1
 
     def failed(self, message: str) -> NoReturn:
         os.write(self._fd, one_line(message).encode("utf-8", "backslashreplace"))

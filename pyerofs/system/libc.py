@@ -6,7 +6,10 @@ import ctypes
 import os
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-UMOUNT_NOFOLLOW = 8  # sys/mount.h
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8  # sys/mount.h, as those below
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
+MS_DIRSYNC, MS_NOATIME, MS_NODIRATIME = 128, 1024, 2048
+MS_RELATIME, MS_STRICTATIME = 1 << 21, 1 << 24
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 SYS_CACHESTAT = 451  # the same on all architectures
 
@@ -31,9 +34,11 @@ def mount(source: str, where: str, kind: str, flags: int, data: str) -> None:
     _call("mount", *words, ctypes.c_ulong(flags), os.fsencode(data))
 
 
-def unmount(where: str) -> None:
-    """umount2(2) of a mount point, without following a link.  Raises OSError."""
-    _call("umount2", os.fsencode(where), UMOUNT_NOFOLLOW)
+def unmount(where: str, *, detach: bool = False) -> None:
+    """umount2(2) of a mount point, without following a link.  ``detach``: even while it is in use.
+
+    Raises OSError."""
+    _call("umount2", os.fsencode(where), UMOUNT_NOFOLLOW | (MNT_DETACH if detach else 0))
 
 
 def keep_freed_memory() -> None:

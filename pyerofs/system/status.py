@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import trio
-
 from pyerofs.errors import one_line
 from pyerofs.system.private import PrivateDirectory
 
@@ -32,7 +30,7 @@ _TEXTS = ("command", "mountpoint", "source", "name")
 _NUMBERS = (
     "pid", "since", "fetching", "size", "cached", "requests", "fetched", "retries",
 )  # fmt: skip
-_FLAGS = ("complete", "verified")
+_FLAGS = ("complete", "verified", "protected")
 
 
 def directory() -> str:
@@ -62,36 +60,58 @@ def _owned(path: str, uid: int) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == uid
 
 
+class StatusFile:
+    """The status file of this process's mount, locked until it is closed.
+
+    The lock is shared with processes that are forked from this one."""
+
+    def __init__(self, about: dict[str, Any]) -> None:
+        """Make the file.  Raises OSError."""
+        self._about = about | {"pid": os.getpid(), "since": int(time.time())}
+        self._name = f"{os.getpid()}.json"
+        self._folder = _opened(directory(), os.getuid(), create=True)
+        self._fd = self._folder.open_file(self._name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        self._written = b""
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+
+    def write(self, sources: list[dict[str, Any]], **facts: float) -> None:
+        """Write the status of each source, and what else is known now: ``fetching`` (bytes a second),
+        ``protected`` (whether another server would follow if this one died).  A full disk is ignored,
+        since the status is optional."""
+        text = json.dumps(self._about | {"sources": sources} | facts).encode()
+        if len(text) < SIZE and text != self._written:
+            self._written = text
+            try:
+                os.pwrite(self._fd, text.ljust(SIZE), 0)
+            except OSError:
+                pass
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._folder.unlink_same(self._name, self._fd)
+        os.close(self._fd)
+
+
 async def publish(about: dict[str, Any], sources: Callable[[], list[dict[str, Any]]]) -> None:
     """Maintain a status file until cancelled, rewritten every PERIOD if it changes.  Only sleeps if
     the file can't be made."""
-    name = f"{os.getpid()}.json"
+    import trio
+
     try:
-        folder = _opened(directory(), os.getuid(), create=True)
-        fd = folder.open_file(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        file = StatusFile(about)
     except OSError:
         await trio.sleep_forever()
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
         last: dict[str, int] = {}
-        written = b""
-        about = about | {"pid": os.getpid(), "since": int(time.time())}
         while True:
             now = sources()
             fetched = {str(i): int(s.get("fetched", 0)) for i, s in enumerate(now)}
             rate = sum(n - last.get(i, n) for i, n in fetched.items()) / PERIOD
+            file.write(now, fetching=rate)
             last = fetched
-            text = json.dumps(about | {"sources": now, "fetching": rate}).encode()
-            if len(text) < SIZE and text != written:
-                written = text
-                try:
-                    os.pwrite(fd, text.ljust(SIZE), 0)
-                except OSError:
-                    pass  # disk full; the status is optional
             await trio.sleep(PERIOD)
     finally:
-        folder.unlink_same(name, fd)
-        os.close(fd)
+        file.close()
 
 
 def live() -> Iterator[dict[str, Any]]:

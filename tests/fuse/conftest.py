@@ -12,19 +12,38 @@ import pytest
 
 pytest.register_assert_rewrite("tests.fuse.mounting")
 
+from tests.fuse import mounting  # noqa: E402  after that
 from tests.fuse.mounting import COMMAND, cleaned  # noqa: E402  after that
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _able_to_mount() -> None:
-    if importlib.util.find_spec("pyfuse3") is None:
-        pytest.skip("pyfuse3 is not installed")
     if not COMMAND.exists():
         pytest.skip("pyerofs is not installed, only importable")
     if shutil.which("fusermount3") is None:
         pytest.skip("no fusermount3")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("/dev/fuse can't be opened")
+
+
+@pytest.fixture(params=["direct", "pyfuse3"], scope="session", autouse=True)
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs with each engine."""
+    name: str = request.param
+    if importlib.util.find_spec(name) is None and name != "direct":
+        pytest.skip(f"{name} is not installed")
+    mounting.OPTIONS[:] = [f"--engine={name}"]
+    yield name
+    mounting.OPTIONS.clear()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The keeper is the direct engine's."""
+    items[:] = [
+        item
+        for item in items
+        if "test_keeper.py" not in item.nodeid or "[pyfuse3" not in item.nodeid
+    ]
 
 
 @pytest.fixture

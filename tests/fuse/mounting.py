@@ -9,7 +9,7 @@ import subprocess
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from tests.helpers import words
 from tests.manifests import Manifest
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "pyerofs-fuse"
+OPTIONS: list[str] = []  # of all mounts: the engine
 PATIENCE = 30.0  # seconds for what should take none; a virtual machine may stand still for some
 
 Word = str | Path
@@ -28,7 +29,7 @@ Word = str | Path
 def run(*arguments: Word, **how: Any) -> subprocess.CompletedProcess[str]:
     """Run pyerofs-fuse; returns when it has ended and nobody holds its output open any more."""
     return subprocess.run(
-        [COMMAND, *arguments],
+        [COMMAND, *OPTIONS, *arguments],
         capture_output=True,
         encoding="utf-8",
         errors="surrogateescape",
@@ -53,7 +54,7 @@ def foreground(*arguments: Word, where: Path, **how: Any) -> Iterator[subprocess
     with (
         cleaned(where),
         subprocess.Popen(
-            [COMMAND, "-f", *arguments, where],
+            [COMMAND, "-f", *OPTIONS, *arguments, where],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how,
         ) as process,
     ):  # fmt: skip
@@ -73,11 +74,9 @@ def cleaned(where: Path) -> Iterator[Path]:
     try:
         yield where
     finally:
-        for pid in daemons(where):
-            os.kill(pid, signal.SIGKILL)
-        assert wait_until(lambda: not daemons(where))
         while is_mounted(where):
             unmount(where, "-z")
+        assert wait_until(lambda: not kill(where))
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str]) -> None:
@@ -169,15 +168,25 @@ def daemons(where: Path) -> list[int]:
     ]
 
 
-def captain(where: Path) -> int:
-    """The one of them that the others came from."""
+def kill(where: Path) -> list[int]:
+    """Kill all of these processes that there are now; each would replace another that has died."""
+    found = daemons(where)
+    for pid in found:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return found
+
+
+def keeper(where: Path) -> int:
+    """The process of a mount that all others come from."""
     pids = daemons(where)
-    (pid,) = (pid for pid in pids if _parent(pid) not in pids)
-    return pid
+    return next(pid for pid in pids if _parent(pid) not in (*pids, 0))
 
 
 def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
 
 
 def _serves(pid: int, where: Path) -> bool:

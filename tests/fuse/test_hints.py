@@ -22,11 +22,11 @@ from tests.fuse.mounting import (
     PATIENCE,
     assert_one_line,
     assert_refused,
-    captain,
     cleaned,
     daemons,
     foreground,
     is_mounted,
+    keeper,
     mounted,
     mounts_at,
     run,
@@ -78,7 +78,7 @@ def test_switches_of_erofsfuse_are_understood(word: str) -> None:
 
 def test_all_of_them_at_once() -> None:
     options = parse(["-f", "-s", "-o", ",".join(MOUNT_WORDS), *SWITCHES[:3], "image", "/mnt"])
-    assert (options.foreground, options.single, options.debug >= 3) == (True, True, True)
+    assert (options.foreground, options.debug >= 3) == (True, True)
     assert options.spec.offset == 512
     assert [device.what for device in options.spec.devices] == ["/a/device"] * 2
 
@@ -314,7 +314,7 @@ def test_an_ignored_signal_stays_ignored_in_the_background(
             os.kill(pid, number)
         assert not wait_until(lambda: not is_mounted(where), MOMENT)
         assert works(where)
-        os.kill(captain(where), signal.SIGTERM)
+        os.kill(keeper(where), signal.SIGTERM)
         assert wait_until(lambda: not is_mounted(where))
         assert wait_until(lambda: not daemons(where))
 

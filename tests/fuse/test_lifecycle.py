@@ -17,10 +17,11 @@ from tests.fuse.mounting import (
     PATIENCE,
     assert_one_line,
     assert_refused,
-    captain,
     daemons,
     foreground,
     is_mounted,
+    keeper,
+    kill,
     mounted,
     mounts_at,
     run,
@@ -225,7 +226,7 @@ def test_fusermount_ends_the_daemon(where: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_daemon(number: signal.Signals, where: Path) -> None:
     with mounted(PLAIN, where):
-        os.kill(captain(where), number)
+        os.kill(keeper(where), number)
         assert wait_until(lambda: not daemons(where))
         assert not is_mounted(where)
 
@@ -291,9 +292,7 @@ def test_a_signal_that_comes_early(number: signal.Signals, where: Path) -> None:
 
 def test_what_a_killed_daemon_leaves_behind(where: Path) -> None:
     with mounted(PLAIN, where):
-        for pid in daemons(where):
-            os.kill(pid, signal.SIGKILL)
-        assert wait_until(lambda: not daemons(where))
+        assert wait_until(lambda: not kill(where))
         assert is_mounted(where)
         with pytest.raises(OSError, match="connect"):
             os.listdir(where)
@@ -312,8 +311,7 @@ def test_auto_unmount(where: Path) -> None:
 
     def vanishes() -> bool:
         with mounted(PLAIN, where, "-o", "auto_unmount"):
-            for pid in daemons(where):
-                os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: not kill(where))
             return wait_until(lambda: not is_mounted(where), 2)
 
     assert any(vanishes() for _ in range(5))

@@ -25,6 +25,7 @@ from tests.fuse.mounting import (
     daemons,
     foreground,
     is_mounted,
+    kill,
     mounted,
     unmount,
     wait_until,
@@ -199,8 +200,8 @@ def test_a_signal_ends_it_while_it_is_busy(
 
 
 def test_a_killed_daemon_fails_its_readers(large: Large, where: Path) -> None:
-    with foreground(large.image, where=where) as process, Readers(where, large) as readers:
-        process.kill()
+    with foreground(large.image, where=where), Readers(where, large) as readers:
+        assert wait_until(lambda: not kill(where))
     assert readers.wrong == []
     assert readers.errors <= {errno.EIO, errno.ENOTCONN, errno.ECONNABORTED}
 

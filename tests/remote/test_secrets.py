@@ -168,7 +168,7 @@ def test_representations(rig: Rig) -> None:
     rig.assert_none_in(repr(how), "Access")
     with opened(rig.what, how, username=USER) as found:
         rig.assert_none_in(repr(found), "the image")
-        for source in found._sources:
+        for source in found.sources:
             rig.assert_none_in(f"{source!r} {source.name} {vars(source)}", "a source")
 
 

@@ -151,7 +151,7 @@ def test_only_the_data_is_seen(path: Path) -> None:
     with path.open("ab") as f:
         f.write(b"unverified" * 1000)
     with verified(path, tree) as image:
-        (source,) = image._sources
+        (source,) = image.sources
         assert source.size == tree.covered
         with pytest.raises(SourceError):
             source.read_at(tree.covered - 5, 10)
@@ -161,7 +161,7 @@ def test_no_way_past_it(path: Path) -> None:
     """No sendfile, no second read: there is no file to be had beneath it."""
     tree = make(path)
     with verified(path, tree) as image:
-        (source,) = image._sources
+        (source,) = image.sources
         assert source.backing is None
 
 

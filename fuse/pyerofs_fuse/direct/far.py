@@ -1,0 +1,109 @@
+"""An image behind a network, for the direct engine: each server opens it itself.
+
+Its sources live in a thread, which no fork would take along.  So the first server opens the image after
+the mount was made, and tells the keeper whether that succeeded; successors open the very bytes that the
+first one has opened, or fail.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from pyerofs.errors import ErofsError, SourceError
+from pyerofs.image import Image
+from pyerofs.image import open as open_image
+from pyerofs.sources.portal import BlockingSource
+from pyerofs.sources.spec import Access, SourceSpec
+from pyerofs.system.daemon import STOPS, heeded
+from pyerofs.system.progress import Download
+from pyerofs.system.status import PERIOD, StatusFile
+
+HEAD = 64 << 10  # bytes at an image's beginning by which a successor knows it again
+MAX_REPORT = 64 << 10
+
+
+class OpenFailed(Exception):
+    """The first server could not open the image; the message says why."""
+
+
+class FarImage:
+    """What servers need to open an image, and what the first one reports of it."""
+
+    def __init__(self, spec: SourceSpec, access: Access, cache_size: int) -> None:
+        self._spec = spec
+        self._access = access
+        self._cache_size = cache_size
+        self._known: dict[str, str] | None = None  # what the first server has opened
+        self._reports, self._report = os.pipe()
+
+    def open(self) -> Image:
+        """Called in a server.  Raises ErofsError.  Blocks as long as a download takes."""
+        first = self._known is None
+        try:
+            image = self._open()
+        except ErofsError as e:
+            if first:
+                os.write(self._report, json.dumps({"error": str(e)}).encode()[:MAX_REPORT])
+            raise
+        found = _identity(image)
+        if first:
+            os.write(self._report, json.dumps(found).encode())
+        elif found != self._known:
+            image.close()
+            raise SourceError(f"{self._spec.name}: is not what was mounted any more")
+        return image
+
+    def _open(self) -> Image:
+        waiting = Download()
+        access = replace(self._access, progress=waiting.show)
+        try:
+            return open_image(self._spec, cache_size=self._cache_size, access=access)
+        finally:
+            waiting.close()
+
+    def wait(self) -> None:
+        """Called in the keeper: wait until the first server has opened the image.
+
+        Raises OpenFailed; KeyboardInterrupt on a stop signal, which must be blocked."""
+        poll = select.poll()
+        poll.register(self._reports, select.POLLIN)
+        while not poll.poll(100):
+            if signal.sigpending() & {*heeded(*STOPS)}:
+                raise KeyboardInterrupt
+        found = json.loads(os.read(self._reports, MAX_REPORT))
+        if "error" in found:
+            raise OpenFailed(found["error"])
+        self._known = found
+
+
+def _identity(image: Image) -> dict[str, str]:
+    """What tells an image from another: sizes, digests that are known, and how each source begins."""
+    found = {}
+    for number, source in enumerate(image.sources):
+        head = source.read_at(0, min(HEAD, source.size))
+        found[str(number)] = f"{source.size} {hashlib.sha256(head).hexdigest()}"
+    return found
+
+
+def publish(about: dict[str, str], image: Image, is_orphan: Callable[[], bool]) -> None:
+    """Maintain a status file in a thread, for as long as this process lives."""
+
+    def work() -> None:
+        try:
+            file = StatusFile(about)
+        except OSError:
+            return
+        while True:
+            far = [source for source in image.sources if isinstance(source, BlockingSource)]
+            file.write([source.status() for source in far], protected=not is_orphan())
+            time.sleep(PERIOD)
+
+    threading.Thread(target=work, name="status", daemon=True).start()

@@ -1,0 +1,155 @@
+"""Directory listings, encoded for READDIR and READDIRPLUS.
+
+A listing is encoded block by block, and a reply is cut out of the encoded blocks.  With attributes, an
+entry saves the client that looks at it a LOOKUP; but loading an inode takes longer than all else, so
+whoever only lists should not wait for it.  ``Clients`` finds out who looks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable
+from enum import Enum
+from functools import cache
+from struct import Struct
+from typing import NamedTuple, TypeVar
+
+from pyerofs.format.memory import ByteCache
+from pyerofs.format.model import Dirent, Inode
+from pyerofs.format.ondisk import FT_DIR
+from pyerofs.sources.base import Buffer
+from pyerofs.system.fuse.wire import DIRENT, ENTRY, padded
+from pyerofs_fuse.answers import Answers, Row
+
+T = TypeVar("T")
+
+CACHE_SIZE = 4 << 20  # bytes of encoded blocks; the kernel caches listings, too
+MAX_CLIENTS = 256
+MAX_DIRECTORIES = 1024  # listed without attributes, that are remembered
+SMALL = 1  # blocks of a directory that is listed with attributes at a client's first look
+
+
+class Form(Enum):
+    """How entries are encoded."""
+
+    PLAIN = "plain"  # READDIR
+    BARE = "bare"  # READDIRPLUS; directories with attributes, all else without
+    FULL = "full"  # READDIRPLUS, with attributes
+
+
+class Block(NamedTuple):
+    """The encoded entries of one directory block."""
+
+    cookies: list[int]  # of the entry after each
+    ends: list[int]  # where each ends in ``data``
+    data: bytes
+
+    def __len__(self) -> int:
+        return len(self.data) + 16 * len(self.ends)
+
+
+class Listings:
+    """Encodes listings of one image."""
+
+    def __init__(self, answers: Answers, encode: Callable[[Inode], bytes]) -> None:
+        """``encode``: an inode as the kernel's struct fuse_entry_out."""
+        self._answers = answers
+        self._encode = encode
+        self._blocks: ByteCache[tuple[int, int, Form], Block] = ByteCache(CACHE_SIZE)
+
+    def reply(self, parent: Inode, cookie: int, room: int, form: Form) -> list[Buffer]:
+        """The entries from ``cookie`` on, as many as fit in ``room`` bytes; none at the end."""
+        found: list[Buffer] = []
+        size = self._answers.volume.sb.directory_block_size
+        index, inside = divmod(cookie, size)
+        blocks = self._answers.blocks_of(parent)
+        while index <= blocks:
+            block = self._block(parent, index, form)
+            first = bisect_right(block.cookies, index * size + inside) if inside else 0
+            start = block.ends[first - 1] if first else 0
+            last = bisect_right(block.ends, start + room)
+            if last > first:
+                end = block.ends[last - 1]
+                found.append(memoryview(block.data)[start:end])
+                room -= end - start
+            if last < len(block.ends):
+                break
+            index += 1
+            inside = 0
+        return found
+
+    def _block(self, parent: Inode, index: int, form: Form) -> Block:
+        key = parent.nid, index, form
+        block = self._blocks.get(key)
+        if block is None:
+            if index < self._answers.blocks_of(parent):
+                block = self._encoded(self._answers.entries(parent, index), form)
+            else:
+                dot = self._answers.dot(parent)
+                block = self._encoded([] if dot is None else [dot], form)
+            self._blocks.put(key, block)
+        return block
+
+    def _encoded(self, entries: list[Dirent], form: Form) -> Block:
+        rows = [self._answers.row(e, attributes=_wants(e, form)) for e in entries]
+        parts = [self._row(row, form) for row in rows]
+        ends = []
+        end = 0
+        for part in parts:
+            end += len(part)
+            ends.append(end)
+        return Block([row.cookie for row in rows], ends, b"".join(parts))
+
+    def _row(self, row: Row, form: Form) -> bytes:
+        name = row.name
+        kind = row.mode >> 12
+        entry = _tail(len(name), form is not Form.PLAIN and row.inode is None).pack(
+            row.number, row.cookie, len(name), kind, name
+        )
+        return entry if row.inode is None else self._encode(row.inode) + entry
+
+
+def _wants(entry: Dirent, form: Form) -> bool:
+    """Whether an entry is to have attributes."""
+    return form is Form.FULL or (form is Form.BARE and entry.file_type == FT_DIR)
+
+
+@cache
+def _tail(length: int, blank: bool) -> Struct:
+    """An entry with a name of this length; ``blank``: after attributes that say nothing."""
+    gap = ENTRY.size if blank else 0
+    return Struct(f"={gap}xQQII{padded(length) - DIRENT.size}s")
+
+
+class Clients:
+    """Learns which clients look at the files that they have listed, and so profit from attributes.
+
+    A client is a thread, by its id.  Its first small directory is listed with attributes (``ls -l``
+    lists one and ends), later ones without, until it looks up a file in one of them."""
+
+    def __init__(self) -> None:
+        self._clients: OrderedDict[int, bool] = OrderedDict()  # whether it looks at files
+        self._bare: OrderedDict[int, None] = OrderedDict()  # directories listed without attributes
+
+    def form(self, pid: int, node: int, cookie: int, blocks: int) -> Form:
+        """How to list a directory of ``blocks`` blocks, from ``cookie`` on."""
+        looks = self._clients.get(pid)
+        if looks or (looks is None and not cookie and blocks <= SMALL):
+            self._note(self._clients, pid, bool(looks), MAX_CLIENTS)
+            return Form.FULL
+        self._note(self._clients, pid, False, MAX_CLIENTS)
+        self._note(self._bare, node, None, MAX_DIRECTORIES)
+        return Form.BARE
+
+    def looked_up(self, pid: int, node: int, is_directory: bool) -> None:
+        """A client has looked up an entry in a directory."""
+        if not is_directory and node in self._bare:
+            self._note(self._clients, pid, True, MAX_CLIENTS)
+
+    @staticmethod
+    def _note(known: OrderedDict[int, T], key: int, value: T, limit: int) -> None:
+        known[key] = value
+        known.move_to_end(key)
+        if len(known) > limit:
+            known.popitem(last=False)

@@ -1,1 +1,0 @@
-"""Several processes that serve one mount: forking them, receiving in turn, shared memory."""
