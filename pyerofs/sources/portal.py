@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeAlias, TypeVar, TypeVarTuple
 
 import trio
@@ -131,6 +132,11 @@ class BlockingSource:
         if found is not None:
             return found
         return session.portal.run(self._inner.read_at, offset, length)
+
+    def will_need(self, offset: int, length: int) -> None:
+        """See ``AsyncSource.will_need``."""
+        if self._session is not None:
+            self._session.portal.call_soon(partial(self._inner.will_need, offset, length))
 
     def status(self) -> dict[str, Any]:
         """What is cached and what went over the network; see ``AsyncSource.status``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,15 +25,11 @@ def _able_to_mount() -> None:
         pytest.skip("/dev/fuse can't be opened")
 
 
-@pytest.fixture(params=["direct", "pyfuse3"], scope="session", autouse=True)
+@pytest.fixture(params=mounting.ENGINES, scope="session", autouse=True)
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test runs with each engine."""
-    name: str = request.param
-    if importlib.util.find_spec(name) is None and name != "direct":
-        pytest.skip(f"{name} is not installed")
-    mounting.OPTIONS[:] = [f"--engine={name}"]
-    yield name
-    mounting.OPTIONS.clear()
+    with mounting.using(request.param) as name:
+        yield name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

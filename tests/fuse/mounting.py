@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from tests.helpers import words
 from tests.manifests import Manifest
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "pyerofs-fuse"
+ENGINES = ("direct", "pyfuse3")
 OPTIONS: list[str] = []  # of all mounts: the engine
 PATIENCE = 30.0  # seconds for what should take none; a virtual machine may stand still for some
 
@@ -36,6 +38,16 @@ def run(*arguments: Word, **how: Any) -> subprocess.CompletedProcess[str]:
         timeout=30,
         **how,
     )
+
+
+@contextmanager
+def using(engine: str) -> Iterator[str]:
+    """An engine for all mounts.  Skips the test if it is not installed."""
+    if engine == "pyfuse3" and importlib.util.find_spec(engine) is None:
+        pytest.skip("pyfuse3 is not installed")
+    OPTIONS[:] = [f"--engine={engine}"]
+    yield engine
+    OPTIONS.clear()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import random
@@ -85,6 +86,31 @@ def test_file_system(pair: Pair) -> None:
     ours, kernels = os.statvfs(pair.ours), os.statvfs(pair.kernels)
     for field in STATVFS:
         assert getattr(ours, field) == getattr(kernels, field), field
+
+
+def holes(path: Path) -> list[tuple[int, int]]:
+    """(SEEK_DATA, SEEK_HOLE) from each block on; a negative errno where that fails."""
+
+    def seek(fd: int, offset: int, whence: int) -> int:
+        try:
+            return os.lseek(fd, offset, whence)
+        except OSError as e:
+            return -(e.errno or errno.EIO)
+
+    with path.open("rb") as f:
+        fd = f.fileno()
+        size = os.fstat(fd).st_size
+        steps = [*range(0, min(size, 200 * 4096), 4096), size - 1, size, size + 1]
+        return [(seek(fd, at, os.SEEK_DATA), seek(fd, at, os.SEEK_HOLE)) for at in steps if at >= 0]
+
+
+def test_holes(pair: Pair, engine: str) -> None:
+    for path in pair.paths(stat.S_IFREG):
+        found = holes(pair.ours / path)
+        if engine == "direct":
+            assert found == holes(pair.kernels / path), path
+        elif size := (pair.ours / path).stat().st_size:  # pyfuse3 knows no SEEK requests
+            assert found[0] == (0, size)
 
 
 def forget_pages(fd: int) -> None:

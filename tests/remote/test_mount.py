@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.fuse import mounting
 from tests.fuse.mounting import (
     COMMAND,
     assert_one_line,
@@ -38,8 +38,7 @@ from tests.remote.server import Content, Pages, Server, Site
 
 pytestmark = [
     pytest.mark.skipif(
-        importlib.util.find_spec("pyfuse3") is None
-        or not COMMAND.exists()
+        not COMMAND.exists()
         or shutil.which("fusermount3") is None
         or not os.access("/dev/fuse", os.R_OK | os.W_OK),
         reason="can't mount here",
@@ -55,6 +54,12 @@ MOUNTED = (
 )  # fmt: skip
 LAYERS = ("plain", "tar-index", "lz4", "extents-ztail", "48bit", "zdir")
 every_other = [m for m in all_manifests() if m.oracle == "kernel"]
+
+
+@pytest.fixture(params=mounting.ENGINES, scope="module", autouse=True)
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    with mounting.using(request.param) as name:
+        yield name
 
 
 @pytest.fixture(name="where")

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pyerofs.errors import ErofsError, SourceError
+from pyerofs.format.model import ENCODED, PLAIN
 from pyerofs.image import Image
 from pyerofs.image import open as open_image
+from pyerofs.sources.base import hint
 from pyerofs.sources.portal import BlockingSource
 from pyerofs.sources.spec import Access, SourceSpec
 from pyerofs.system.daemon import STOPS, heeded
 from pyerofs.system.progress import Download
 from pyerofs.system.status import PERIOD, StatusFile
+
+log = logging.getLogger("pyerofs-fuse")
 
 HEAD = 64 << 10  # bytes at an image's beginning by which a successor knows it again
 MAX_REPORT = 64 << 10
@@ -91,6 +96,23 @@ def _identity(image: Image) -> dict[str, str]:
         head = source.read_at(0, min(HEAD, source.size))
         found[str(number)] = f"{source.size} {hashlib.sha256(head).hexdigest()}"
     return found
+
+
+def prefetch(image: Image, paths: Sequence[str]) -> None:
+    """Have the data of files fetched while nobody waits for the network, in a thread.  Paths that fail
+    are logged and skipped."""
+
+    def work() -> None:
+        for path in paths:
+            try:
+                for extent in image.extents(path):
+                    if extent.kind in (ENCODED, PLAIN) and extent.device >= 0:
+                        source = image.sources[extent.device]
+                        hint(source, extent.address, extent.size or extent.length)
+            except ErofsError as e:
+                log.info("not prefetched: %s", e)
+
+    threading.Thread(target=work, name="prefetch", daemon=True).start()
 
 
 def publish(about: dict[str, str], image: Image, is_orphan: Callable[[], bool]) -> None:

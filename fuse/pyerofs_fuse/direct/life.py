@@ -21,7 +21,7 @@ from pyerofs.system.fuse.mounting import HelperError, Mounted
 from pyerofs.system.fuse.wire import Flag, Opcode
 from pyerofs.system.status import StatusFile
 from pyerofs_fuse.answers import Answers
-from pyerofs_fuse.direct.far import FarImage, OpenFailed, publish
+from pyerofs_fuse.direct.far import FarImage, OpenFailed, prefetch, publish
 from pyerofs_fuse.direct.server import DirectServer, Session, run_threads
 from pyerofs_fuse.mount import Job, MountError, check, explain, read_ahead, tune, write_record
 from pyerofs_fuse.options import Options, mount_words
@@ -85,6 +85,7 @@ def _run_far(job: Job) -> None:
         live.leave()
         tune()
         publish(live.about, image, lambda: os.getppid() != main)
+        prefetch(image, job.first)
         answers = Answers(image.volume)
         several = [DirectServer(live.fd, answers, live.session) for _ in server.slots]
         run_threads(server, several)
