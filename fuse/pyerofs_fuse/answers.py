@@ -18,7 +18,7 @@ from pyerofs.format import data, directory, tree, xattr
 from pyerofs.format import inode as inodes
 from pyerofs.format.extent import extents
 from pyerofs.format.model import HOLE, Dirent, Inode
-from pyerofs.format.ondisk import FT_DIR, MODE_OF_FT, NAME_LEN
+from pyerofs.format.ondisk import FT_DIR, NAME_LEN
 from pyerofs.format.volume import Volume
 from pyerofs.sources.base import Buffer
 
@@ -52,16 +52,6 @@ class Statfs(NamedTuple):
     name_length: int
 
 
-class Row(NamedTuple):
-    """An entry of a directory.  ``inode``: None where it was not asked for or is damaged."""
-
-    name: bytes
-    number: int  # the inode number
-    mode: int  # the file type alone counts
-    cookie: int  # of the entry after it
-    inode: Inode | None
-
-
 class Answers:
     """What one image answers."""
 
@@ -86,9 +76,9 @@ class Answers:
         number = tree.inode_number(self.volume, nid)
         return _NODE_OF.get(number, number)
 
-    def number_of(self, inode: Inode) -> int:
+    def number(self, nid: int) -> int:
         """st_ino, which the kernel's driver shows, too."""
-        return tree.inode_number(self.volume, inode.nid)
+        return tree.inode_number(self.volume, nid)
 
     def inode(self, node: int) -> Inode:
         """The inode of a node id."""
@@ -169,17 +159,17 @@ class Answers:
         end = self.blocks_of(parent) * self.volume.sb.directory_block_size
         return Dirent(b".", parent.nid, FT_DIR, end + 1)
 
-    def row(self, entry: Dirent, *, attributes: bool) -> Row:
-        """One entry, with its inode if its ``attributes`` are wanted.  A damaged inode is logged and
-        left out: the entry is listed, and stat(2) returns the error."""
-        found = None
-        if attributes and entry.name not in (b".", b".."):
-            try:
-                found = inodes.load(self.volume, entry.nid)
-            except ErofsError as e:
-                self.report(e)
-        number = tree.inode_number(self.volume, entry.nid)
-        return Row(entry.name, number, MODE_OF_FT.get(entry.file_type, 0), entry.cookie, found)
+    def entry_inode(self, name: bytes, nid: int) -> Inode | None:
+        """The inode of an entry, for a listing with attributes; None for ``.`` and ``..``, which need
+        none.  Also None for a damaged inode, which is logged: the entry is listed, and stat(2) returns
+        the error."""
+        if name in (b".", b".."):
+            return None
+        try:
+            return inodes.load(self.volume, nid)
+        except ErofsError as e:
+            self.report(e)
+            return None
 
     # file data --------------------------------------------------------------------------------
 

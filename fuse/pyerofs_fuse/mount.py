@@ -35,6 +35,10 @@ class MountError(Exception):
     """Mounting failed; the message is one line."""
 
 
+class OpenFailed(Exception):
+    """The image could not be opened; the message is one line."""
+
+
 def explain(text: str, where: str) -> str:
     """One line for what mount(2), libfuse or fusermount3 said of a mount point."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]

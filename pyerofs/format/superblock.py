@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from uuid import UUID
+from typing import TYPE_CHECKING
 
 from pyerofs.errors import CorruptImage, UnsupportedFeature
 from pyerofs.format import ondisk
 from pyerofs.format.crc32c import crc32c
 from pyerofs.format.recognise import recognise
 from pyerofs.sources.base import Buffer
+
+if TYPE_CHECKING:
+    from uuid import UUID
 
 MAX_DEVICES = 4096  # bounds the device table (512 KiB); real images use a few dozen
 
@@ -48,7 +51,7 @@ class Superblock:
     epoch: int
     fixed_nsec: int
     build_time: int
-    uuid: UUID
+    uuid_bytes: bytes
     volume_name: bytes
     algorithms: int  # bit per compression algorithm
     lz4_max_distance: int
@@ -61,6 +64,12 @@ class Superblock:
     xattr_filter: bool
     ishare_prefix: int | None  # index of the long prefix that names content digests
     devices: tuple[Device, ...]
+
+    @property
+    def uuid(self) -> UUID:
+        from uuid import UUID  # takes longer to import than a superblock to decode
+
+        return UUID(bytes=self.uuid_bytes)
 
     @property
     def block_size(self) -> int:
@@ -141,7 +150,7 @@ def load(read: Reader, available: int) -> Superblock:
         epoch=raw.epoch,
         fixed_nsec=raw.fixed_nsec,
         build_time=raw.epoch + raw.build_time,
-        uuid=UUID(bytes=raw.uuid),
+        uuid_bytes=raw.uuid,
         volume_name=raw.volume_name.split(b"\0", 1)[0],
         xattr_prefix_count=raw.xattr_prefix_count,
         xattr_prefix_start=raw.xattr_prefix_start << 2,

@@ -13,7 +13,6 @@ from pyerofs.sources.base import AsyncSource, Source
 from pyerofs.sources.local.file import FileObjectSource, FileSource
 from pyerofs.sources.local.slice import AsyncSlice, SliceSource
 from pyerofs.sources.local.sparse import unsparsed
-from pyerofs.sources.oci.reference import parse_reference
 from pyerofs.sources.spec import HTTP, LAYOUT, OCI, Access, SourceSpec, parse_spec
 
 if TYPE_CHECKING:
@@ -139,6 +138,8 @@ def _looks_like_reference(text: str) -> bool:
     host, slash, _ = text.partition("/")
     if not slash or host.startswith(".") or not ("." in host or ":" in host or host == "localhost"):
         return False
+    from pyerofs.sources.oci.reference import parse_reference
+
     try:
         parse_reference(text)
     except SourceError:

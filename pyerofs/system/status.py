@@ -11,7 +11,6 @@ import json
 import os
 import pwd
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -48,6 +47,8 @@ def directories(uid: int) -> list[str]:
         found.append(own)
     found.append(os.path.join(RUN_USER, str(uid)))
     here = [os.path.join(path, "pyerofs") for path in found if _owned(path, uid)]
+    import tempfile  # late: it brings modules that a mount does not need
+
     return [*dict.fromkeys(here), os.path.join(tempfile.gettempdir(), f"pyerofs-{uid}")]
 
 

@@ -28,15 +28,12 @@ from pyerofs.sources.spec import Access, SourceSpec
 from pyerofs.system.daemon import STOPS, heeded
 from pyerofs.system.progress import Download
 from pyerofs.system.status import PERIOD, StatusFile
+from pyerofs_fuse.mount import OpenFailed
 
 log = logging.getLogger("pyerofs-fuse")
 
 HEAD = 64 << 10  # bytes at an image's beginning by which a successor knows it again
 MAX_REPORT = 64 << 10
-
-
-class OpenFailed(Exception):
-    """The first server could not open the image; the message says why."""
 
 
 class FarImage:

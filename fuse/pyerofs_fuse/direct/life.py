@@ -21,9 +21,17 @@ from pyerofs.system.fuse.mounting import HelperError, Mounted
 from pyerofs.system.fuse.wire import Flag, Opcode
 from pyerofs.system.status import StatusFile
 from pyerofs_fuse.answers import Answers
-from pyerofs_fuse.direct.far import FarImage, OpenFailed, prefetch, publish
 from pyerofs_fuse.direct.server import DirectServer, Session, run_threads
-from pyerofs_fuse.mount import Job, MountError, check, explain, read_ahead, tune, write_record
+from pyerofs_fuse.mount import (
+    Job,
+    MountError,
+    OpenFailed,
+    check,
+    explain,
+    read_ahead,
+    tune,
+    write_record,
+)
 from pyerofs_fuse.options import Options, mount_words
 
 FAR_THREADS = 8  # reads that may wait for the network at once
@@ -76,6 +84,8 @@ def _run_near(job: Job) -> None:
 
 def _run_far(job: Job) -> None:
     """An image behind a network is opened by each server, whose threads wait for it."""
+    from pyerofs_fuse.direct.far import FarImage, prefetch, publish
+
     live = Live(job)
     far = FarImage(job.spec, job.access, job.options.cache_size)
     main = os.getpid()

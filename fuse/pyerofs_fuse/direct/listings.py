@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable
 from enum import Enum
-from functools import cache
-from struct import Struct
 from typing import NamedTuple, TypeVar
 
 from pyerofs.format.memory import ByteCache
 from pyerofs.format.model import Dirent, Inode
-from pyerofs.format.ondisk import FT_DIR
+from pyerofs.format.ondisk import FT_DIR, MODE_OF_FT
 from pyerofs.sources.base import Buffer
-from pyerofs.system.fuse.wire import DIRENT, ENTRY, padded
-from pyerofs_fuse.answers import Answers, Row
+from pyerofs_fuse.answers import Answers
+from pyerofs_fuse.direct.encode import Encoder
 
 T = TypeVar("T")
 
@@ -52,10 +49,9 @@ class Block(NamedTuple):
 class Listings:
     """Encodes listings of one image."""
 
-    def __init__(self, answers: Answers, encode: Callable[[Inode], bytes]) -> None:
-        """``encode``: an inode as the kernel's struct fuse_entry_out."""
+    def __init__(self, answers: Answers, encoder: Encoder) -> None:
         self._answers = answers
-        self._encode = encode
+        self._encoder = encoder
         self._blocks: ByteCache[tuple[int, int, Form], Block] = ByteCache(CACHE_SIZE)
 
     def reply(self, parent: Inode, cookie: int, room: int, form: Form) -> list[Buffer]:
@@ -92,34 +88,24 @@ class Listings:
         return block
 
     def _encoded(self, entries: list[Dirent], form: Form) -> Block:
-        rows = [self._answers.row(e, attributes=_wants(e, form)) for e in entries]
-        parts = [self._row(row, form) for row in rows]
+        answers, encoder = self._answers, self._encoder
+        encode = encoder.plain if form is Form.PLAIN else encoder.bare
+        parts = []
         ends = []
         end = 0
-        for part in parts:
+        for name, nid, file_type, cookie in entries:
+            kind = MODE_OF_FT.get(file_type, 0) >> 12
+            inode = None
+            if form is Form.FULL or (form is Form.BARE and file_type == FT_DIR):
+                inode = answers.entry_inode(name, nid)
+            if inode is None:
+                part = encode(name, cookie, kind, answers.number(nid))
+            else:
+                part = encoder.full(name, cookie, kind, inode)
+            parts.append(part)
             end += len(part)
             ends.append(end)
-        return Block([row.cookie for row in rows], ends, b"".join(parts))
-
-    def _row(self, row: Row, form: Form) -> bytes:
-        name = row.name
-        kind = row.mode >> 12
-        entry = _tail(len(name), form is not Form.PLAIN and row.inode is None).pack(
-            row.number, row.cookie, len(name), kind, name
-        )
-        return entry if row.inode is None else self._encode(row.inode) + entry
-
-
-def _wants(entry: Dirent, form: Form) -> bool:
-    """Whether an entry is to have attributes."""
-    return form is Form.FULL or (form is Form.BARE and entry.file_type == FT_DIR)
-
-
-@cache
-def _tail(length: int, blank: bool) -> Struct:
-    """An entry with a name of this length; ``blank``: after attributes that say nothing."""
-    gap = ENTRY.size if blank else 0
-    return Struct(f"={gap}xQQII{padded(length) - DIRENT.size}s")
+        return Block([entry.cookie for entry in entries], ends, b"".join(parts))
 
 
 class Clients:

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from pyerofs.errors import ErofsError
-from pyerofs.format.model import Inode
 from pyerofs.sources.base import Buffer
 from pyerofs.system.fuse import wire
 from pyerofs.system.fuse.wire import Flag, Opcode
 from pyerofs.system.keeper import Server, Slot
 from pyerofs_fuse.answers import Answers, Refused
+from pyerofs_fuse.direct.encode import Encoder
 from pyerofs_fuse.direct.listings import Clients, Form, Listings
 
 log = logging.getLogger("pyerofs-fuse")
@@ -81,8 +81,8 @@ class DirectServer:
         self._fd = fd
         self._answers = answers
         self._session = session
-        self._block_size = answers.volume.sb.block_size
-        self._listings = Listings(answers, self._entry)
+        self._encoder = Encoder(answers)
+        self._listings = Listings(answers, self._encoder)
         self._clients = Clients()
         self._is_debugging = log.isEnabledFor(logging.DEBUG)
         self._reads: dict[int, int] = {}  # node -> where its last read ended
@@ -175,32 +175,15 @@ class DirectServer:
 
     # names and attributes -------------------------------------------------------------------
 
-    def _attributes(self, inode: Inode, number: int) -> tuple[int, ...]:
-        seconds, nanoseconds = inode.mtime, inode.mtime_nsec
-        return (
-            number, inode.size, self._answers.blocks(inode), seconds, seconds, seconds,
-            nanoseconds, nanoseconds, nanoseconds, inode.mode, inode.nlink, inode.uid, inode.gid,
-            inode.rdev, self._block_size, 0,
-        )  # fmt: skip
-
-    def _entry(self, inode: Inode) -> bytes:
-        answers, forever = self._answers, wire.FOREVER
-        return wire.ENTRY.pack(
-            answers.node_of(inode.nid), 0, forever, forever, 0, 0,
-            *self._attributes(inode, answers.number_of(inode)),
-        )  # fmt: skip
-
     def _lookup(self, request: Request) -> Payload:
         inode = self._answers.lookup(request.node, bytes(request.body[:-1]))
         if inode is None:
             return (NO_ENTRY,)
         self._clients.looked_up(request.pid, request.node, inode.is_dir)
-        return (self._entry(inode),)
+        return (self._encoder.entry(inode),)
 
     def _getattr(self, request: Request) -> Payload:
-        inode = self._answers.inode(request.node)
-        attributes = self._attributes(inode, self._answers.number_of(inode))
-        return (wire.ATTR_OUT.pack(wire.FOREVER, 0, 0, *attributes),)
+        return (self._encoder.attr(self._answers.inode(request.node)),)
 
     def _readlink(self, request: Request) -> Payload:
         return (self._answers.readlink(request.node),)

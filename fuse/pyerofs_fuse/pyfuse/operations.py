@@ -23,9 +23,10 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 from pyerofs.aio import AsyncFile, AsyncImage, Pending
 from pyerofs.errors import ErofsError
 from pyerofs.format.memory import Fault
-from pyerofs.format.model import Inode
+from pyerofs.format.model import Dirent, Inode
+from pyerofs.format.ondisk import MODE_OF_FT
 from pyerofs.sources.base import Buffer
-from pyerofs_fuse.answers import Answers, Refused, Row
+from pyerofs_fuse.answers import Answers, Refused
 
 log = logging.getLogger("pyerofs-fuse")
 
@@ -144,7 +145,7 @@ class Operations(pyfuse3.Operations):
         """Fill in an entry.  pyfuse3 takes its inode number for the node id; if these differ, the
         attributes expire at once, so that the kernel asks getattr, which returns the inode number."""
         node = self.answers.node_of(inode.nid)
-        same = node == self.answers.number_of(inode)
+        same = node == self.answers.number(inode.nid)
         attr.attr_timeout = FOREVER if same else 0.0
         return self._fill(attr, inode, node)
 
@@ -173,7 +174,7 @@ class Operations(pyfuse3.Operations):
     @refusing(metadata=True)
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         found = await self._run(self.answers.inode, inode)
-        attr = self._fill(self._attr, found, self.answers.number_of(found))
+        attr = self._fill(self._attr, found, self.answers.number(found.nid))
         attr.attr_timeout = FOREVER
         return attr
 
@@ -218,13 +219,13 @@ class Operations(pyfuse3.Operations):
     @refusing(metadata=True)
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         while rows := await self._run(self._rows, fh, start_id):
-            for row in rows:
-                attr = self._row(row)
-                if not pyfuse3.readdir_reply(token, row.name, attr, row.cookie):
+            for entry, inode in rows:
+                attr = self._row(entry, inode)
+                if not pyfuse3.readdir_reply(token, entry.name, attr, entry.cookie):
                     return
-                start_id = row.cookie
+                start_id = entry.cookie
 
-    def _rows(self, node: int, cookie: int) -> list[Row]:
+    def _rows(self, node: int, cookie: int) -> list[tuple[Dirent, Inode | None]]:
         """Up to ENTRIES_AT_ONCE entries from ``cookie`` on; [] at the directory's end."""
         parent = self.answers.directory(node)
         index, inside = divmod(cookie, self.answers.volume.sb.directory_block_size)
@@ -235,16 +236,18 @@ class Operations(pyfuse3.Operations):
         else:
             dot = self.answers.dot(parent)
             found = [dot] if dot is not None and not inside else []
-        return [self.answers.row(entry, attributes=True) for entry in found]
+        return [(entry, self.answers.entry_inode(entry.name, entry.nid)) for entry in found]
 
-    def _row(self, row: Row) -> EntryAttributes:
+    def _row(self, entry: Dirent, inode: Inode | None) -> EntryAttributes:
         attr = EntryAttributes()
-        if row.inode is not None:
+        if inode is not None:
             attr.st_blksize = self._attr.st_blksize
             attr.entry_timeout = FOREVER
-            return self._as_entry(attr, row.inode)
-        attr.st_ino = row.number
-        attr.st_mode = row.mode
+            return self._as_entry(attr, inode)
+        is_dots = entry.name in (b".", b"..")  # of which the kernel takes the number only
+        number, node = self.answers.number, self.answers.node_of
+        attr.st_ino = number(entry.nid) if is_dots else node(entry.nid)
+        attr.st_mode = MODE_OF_FT.get(entry.file_type, 0)
         attr.entry_timeout = attr.attr_timeout = 0.0
         return attr
 

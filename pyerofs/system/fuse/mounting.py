@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -145,6 +144,9 @@ class _Helper:
 
     def __init__(self, arguments: list[str], socket_fd: int | None = None) -> None:
         """Start it.  Raises OSError."""
+
+        import shutil
+
         program = shutil.which(HELPER)
         if program is None:
             text = f"{HELPER}, which mounts for users, is not installed"

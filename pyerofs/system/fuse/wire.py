@@ -127,9 +127,9 @@ HEADER = struct.Struct("=IIQQIIIHH")  # as ``Request``, without the body
 REPLY = struct.Struct("=IiQ")  # length with this header, -errno, unique
 _INIT_IN = struct.Struct("=IIII")  # major, minor, max_readahead, flags
 _INIT_OUT = struct.Struct("=IIIIHHIIHHI28x")
-_ATTR = "QQQqqqIIIIIIIIII"
-ENTRY = struct.Struct("=QQQQII" + _ATTR)  # node, generation, entry and attr validity (s, then ns)
-ATTR_OUT = struct.Struct("=QII" + _ATTR)  # validity (s, ns, padding)
+ATTR = "QQQqqqIIIIIIIIII"
+ENTRY = struct.Struct("=QQQQII" + ATTR)  # node, generation, entry and attr validity (s, then ns)
+ATTR_OUT = struct.Struct("=QII" + ATTR)  # validity (s, ns, padding)
 DIRENT = struct.Struct("=QQII")  # inode number, cookie of the next entry, length of the name, type
 READ_IN = struct.Struct("=QQI")  # file handle, offset, size: READ, READDIR, READDIRPLUS
 OPEN_OUT = struct.Struct("=QII")  # file handle, flags, padding
