@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from pyerofs.errors import CorruptImage, ErofsError
@@ -180,11 +179,13 @@ class Answers:
             raise Refused(errno.EISDIR if inode.is_dir else errno.EINVAL)
         return inode
 
-    def pieces(self, inode: Inode, offset: int, length: int, sparse: bool) -> Iterator[Buffer]:
-        """File data, a buffer for each extent; see ``data.read``."""
-        volume = self.volume
-        for cut in data.cuts(volume, inode, offset, length):
-            yield data.piece(volume, inode, *cut, sparse)
+    def cuts(self, inode: Inode, offset: int, length: int) -> list[data.Cut]:
+        """The extents that a read needs, and the part of each; see ``data.cuts``."""
+        return [*data.cuts(self.volume, inode, offset, length)]
+
+    def piece(self, inode: Inode, cut: data.Cut, sparse: bool) -> Buffer:
+        """The bytes of one of them; see ``data.piece``."""
+        return data.piece(self.volume, inode, *cut, sparse)
 
     def seek(self, node: int, offset: int, whence: int) -> int:
         """lseek(2) for SEEK_DATA and SEEK_HOLE.  Raises Refused (ENXIO, EINVAL)."""

@@ -307,7 +307,12 @@ INLINE_NS = 100_000
 
 def decode_ns(pcluster: Pcluster) -> float:
     """Estimated nanoseconds to decode a pcluster."""
-    return pcluster.length * _NS_PER_BYTE.get(pcluster.algorithm, 100.0)
+    return estimate_ns(pcluster.algorithm, pcluster.length)
+
+
+def estimate_ns(algorithm: int, length: int) -> float:
+    """Estimated nanoseconds to decode ``length`` bytes."""
+    return length * _NS_PER_BYTE.get(algorithm, 100.0)
 
 
 def cheap(pcluster: Pcluster) -> bool:

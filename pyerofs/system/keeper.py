@@ -41,6 +41,8 @@ MAX_FAILURES = 8  # servers in a row that never were ready, before the keeper gi
 DELAYS = (0.0, 0.02, 0.1, 0.3, 1.0)  # seconds before a start, by the failures before it
 ORPHANED = signal.SIGUSR2  # sent to a server whose keeper has died
 GRACE = 1.0  # seconds for servers to end by themselves when the mount has gone
+# The other servers of a keeper that has died end when they notice that, perhaps with a request in hand
+INHERITED_LOOKS = 5
 NONE = 0  # in a slot: no request is being worked on (no request has this number)
 
 
@@ -83,10 +85,11 @@ class Server(NamedTuple):
     """What a server process works with.
 
     ``slots``: one for each of its threads that answer requests.  ``poisoned``: the numbers of requests
-    that must be answered with EIO when they are sent again."""
+    that must be answered with EIO when they are sent again.  ``number``: which of the servers it is."""
 
     slots: Sequence[Slot]
     poisoned: Collection[int]
+    number: int = 0
 
 
 class _Process:
@@ -160,6 +163,7 @@ class Keeper:
         self._deaths: Counter[int] = Counter()
         self._poisoned: set[int] = set()
         self._failures = 0
+        self._inherited = 0  # looks at which servers of a keeper that has died may still be there
 
     def run(self, started: Callable[[], None] = lambda: None) -> bool:
         """Start the servers, and keep them until the mount has gone (True) or a stop signal comes, on
@@ -220,8 +224,9 @@ class Keeper:
     def _become_server(self, keeper: int, slots: Sequence[Slot]) -> NoReturn:
         """Serve, in a forked process; on the keeper's death, keep."""
         self._processes = {}
-        for number in STOPS:
-            signal.signal(number, signal.SIG_IGN)  # the keeper ends the servers
+        number = next(i for i, own in enumerate(self._slots) if own is slots)
+        for stop in STOPS:
+            signal.signal(stop, signal.SIG_IGN)  # the keeper ends the servers
         signal.signal(ORPHANED, _raise_orphaned)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         try:
@@ -229,13 +234,14 @@ class Keeper:
                 signal_when_parent_dies(ORPHANED)
                 if os.getppid() != keeper:
                     raise Orphaned
-            self._serve(Server(slots, frozenset(self._poisoned)))
+            self._serve(Server(slots, frozenset(self._poisoned), number))
         except Orphaned:
-            if slots is self._slots[0] and self._resend:
+            if number == 0 and self._resend:
                 log.warning("the keeper has died; its first server takes its place")
-                for number in STOPS:
-                    signal.signal(number, signal.SIG_DFL)
+                for stop in STOPS:
+                    signal.signal(stop, signal.SIG_DFL)
                 signal.signal(ORPHANED, signal.SIG_IGN)
+                self._inherited = INHERITED_LOOKS
                 self.run(self._send_again)
             os._exit(1)
         os._exit(0)
@@ -286,6 +292,9 @@ class Keeper:
 
     def _look(self) -> None:
         """Kill servers that are stopped or stuck; their deaths are noticed as any other."""
+        if self._inherited:
+            self._inherited -= 1
+            self._send_again()
         now = time.monotonic()
         waiting = _is_readable(self._fd)
         for process in self._processes.values():

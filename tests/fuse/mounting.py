@@ -192,7 +192,7 @@ def kill(where: Path) -> list[int]:
 def keeper(where: Path) -> int:
     """The process of a mount that all others come from."""
     pids = daemons(where)
-    return next(pid for pid in pids if _parent(pid) not in (*pids, 0))
+    return next((pid for pid in pids if _parent(pid) not in (*pids, 0)), 0)
 
 
 def _parent(pid: int) -> int:

@@ -21,6 +21,7 @@ from pyerofs.system.fuse.mounting import HelperError, Mounted
 from pyerofs.system.fuse.wire import Flag, Opcode
 from pyerofs.system.status import StatusFile
 from pyerofs_fuse.answers import Answers
+from pyerofs_fuse.direct.assist import Bell
 from pyerofs_fuse.direct.server import DirectServer, Session, run_threads
 from pyerofs_fuse.mount import (
     Job,
@@ -34,6 +35,7 @@ from pyerofs_fuse.mount import (
 )
 from pyerofs_fuse.options import Options, mount_words
 
+MAX_SERVERS = 4  # of a near image: each costs memory; clients and the kernel need CPUs, too
 FAR_THREADS = 8  # reads that may wait for the network at once
 FAR_FAILURES = 60  # servers in a row that could not open the image: a minute of outage
 
@@ -60,8 +62,10 @@ def run(job: Job) -> None:
 
 def _run_near(job: Job) -> None:
     """An image on this machine is opened once; servers inherit it."""
-    image = Image(open_sources(job.spec, 0, ()), job.options.cache_size)
+    servers = min(len(os.sched_getaffinity(0)), MAX_SERVERS)
+    image = Image(open_sources(job.spec, 0, ()), job.options.cache_size // servers)
     live = Live(job)
+    bell = Bell(live.fd, servers - 1) if servers > 1 else None
     answers = Answers(image.volume)
     tune()
     gc.collect()
@@ -69,7 +73,7 @@ def _run_near(job: Job) -> None:
 
     def serve(server: keeper.Server) -> None:
         live.leave()
-        one = DirectServer(live.fd, answers, live.session)
+        one = DirectServer(live.fd, answers, live.session, bell)
         one.run(server)
         live.record(answers, [one])
 
@@ -79,7 +83,9 @@ def _run_near(job: Job) -> None:
             live.announce()
             write()
 
-        keeper.Keeper(live.fd, serve, live.unmount, resend=live.resend).run(started)
+        keeper.Keeper(live.fd, serve, live.unmount, resend=live.resend, servers=servers).run(
+            started
+        )
 
 
 def _run_far(job: Job) -> None:

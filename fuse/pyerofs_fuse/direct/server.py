@@ -16,11 +16,15 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from pyerofs.errors import ErofsError
+from pyerofs.format.data import Cut
+from pyerofs.format.memory import estimate_ns
+from pyerofs.format.model import ENCODED
 from pyerofs.sources.base import Buffer
 from pyerofs.system.fuse import wire
 from pyerofs.system.fuse.wire import Flag, Opcode
 from pyerofs.system.keeper import Server, Slot
 from pyerofs_fuse.answers import Answers, Refused
+from pyerofs_fuse.direct.assist import Bell
 from pyerofs_fuse.direct.encode import Encoder
 from pyerofs_fuse.direct.listings import Clients, Form, Listings
 
@@ -76,9 +80,13 @@ class Session:
 class DirectServer:
     """One server of a mount."""
 
-    def __init__(self, fd: int, answers: Answers, session: Session) -> None:
+    def __init__(
+        self, fd: int, answers: Answers, session: Session, bell: Bell | None = None
+    ) -> None:
+        """``bell``: wakes the other servers of the mount, if there are any."""
         self.opened: dict[int, None] = {}  # with ``record``: nids in the order of opening
         self._fd = fd
+        self._bell = bell
         self._answers = answers
         self._session = session
         self._encoder = Encoder(answers)
@@ -118,7 +126,11 @@ class DirectServer:
         view = memoryview(buffer)
         request = Request()
         slot.ready()
+        assistant = server.number - 1  # -1: the first server
+        bell = self._bell
         while True:
+            if assistant >= 0 and bell is not None:
+                bell.wait(assistant)
             try:
                 if readv(fd, buffers) < wire.HEADER.size:
                     return  # not from the kernel, whose requests are whole
@@ -245,7 +257,11 @@ class DirectServer:
         _, offset, size = wire.READ_IN.unpack_from(request.body)
         node = request.node
         sparse = self._is_sparse(node, offset, size)
-        return [*self._answers.pieces(self._answers.inode(node), offset, size, sparse)]
+        inode = self._answers.inode(node)
+        cuts = self._answers.cuts(inode, offset, size)
+        if self._bell is not None:
+            self._bell.ring(_cost(cuts))
+        return [self._answers.piece(inode, cut, sparse) for cut in cuts]
 
     def _is_sparse(self, node: int, offset: int, size: int) -> bool:
         """Whether a read is one of a random reader, so that what follows it is hardly read soon."""
@@ -267,6 +283,15 @@ class DirectServer:
             raise Refused(errno.ENOTTY)
         label = self._answers.label().ljust(LABEL_SIZE, b"\0")
         return (wire.IOCTL_OUT.pack(0, 0, 0, 0), label)
+
+
+def _cost(cuts: list[Cut]) -> float:
+    """The nanoseconds that decoding takes, if nothing of it is in the cache."""
+    return sum(
+        estimate_ns(extent.algorithm, extent.length)
+        for extent, _, _ in cuts
+        if extent.kind == ENCODED
+    )
 
 
 def run_threads(server: Server, several: Sequence[DirectServer]) -> None:
