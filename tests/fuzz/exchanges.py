@@ -1430,8 +1430,8 @@ def _attempt(scene: Scene, exchange: Exchange, cache_dir: str, found: Result) ->
             data = image.read("/data")
     except ErofsError as e:
         found.defects += message_defects(str(e), type(e).__name__)
-        if re.search(r": unexpected [A-Z]\w+$", str(e)):
-            found.defects.append(Defect("message: unexpected", str(e)))
+        if re.search(r": internal error \([A-Z]\w+\)", str(e)):
+            found.defects.append(Defect("message: internal error", str(e)))
         return type(e).__name__
     except MemoryError as e:
         found.defects.append(Defect(key_of(e), _trace(e), sure=False))

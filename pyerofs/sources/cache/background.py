@@ -9,8 +9,8 @@ import trio
 from pyerofs.sources.base import SEGMENT_BITS
 from pyerofs.sources.cache.fetcher import Fetcher
 
-TASKS = 2  # that fetch hinted ranges
-RANGE = 4  # segments of their requests: what a reader may have to share the line with
+TASKS = 2  # tasks that fetch hinted ranges
+RANGE = 4  # segments of one of their requests: few, since a reader may have to share the bandwidth
 HINTS = 256  # hinted ranges in the queue at most
 
 
@@ -18,7 +18,7 @@ class Background:
     """The queue of hinted ranges, and the tasks that fetch them."""
 
     def __init__(self, fetcher: Fetcher, nursery: trio.Nursery, rate: int | None) -> None:
-        """``rate`` bounds what each task fetches, in bytes a second."""
+        """``rate`` bounds each task, in bytes a second; None: no bound."""
         self._fetcher = fetcher
         self._nursery = nursery
         self._rate = rate
@@ -31,7 +31,8 @@ class Background:
         return len(self._ranges) >= HINTS
 
     def add(self, first: int, last: int) -> None:
-        """Have the segments ``first`` to ``last`` fetched; there must be such segments."""
+        """Have the segments ``first`` to ``last``, which must exist, fetched.  Drops the hint if the
+        queue is full."""
         if self.is_full:
             return
         self._ranges.append((first, last))
@@ -50,7 +51,7 @@ class Background:
             self._tasks -= 1
 
     async def _fetch_range(self, first: int, last: int) -> bool:
-        """Whether it was got; where not, a reader of it meets the same error."""
+        """Fetch part of a hinted range.  False if that failed; a reader will get the error."""
         await self._fetcher.lull()
         started = trio.current_time()
         numbers = self._fetcher.absent(first, last)

@@ -1,8 +1,8 @@
-"""The two files of a blob in the cache: their format, their locks, how they are opened and moved.
+"""The two files of a blob in the cache: format, locks, opening and moving.
 
-``NAME.data`` is as large as the blob and sparse.  ``NAME.map`` is a header, then eight bytes for each
-segment of 1 MiB: a mark that the segment is there, and its CRC-32.  The header says how large the blob
-is and in which state; the state alone changes.
+``NAME.data`` is sparse and as large as the blob.  ``NAME.map`` is a header, then eight bytes for each
+segment of 1 MiB: a mark if the segment is stored, and its CRC-32.  The header holds the blob's size,
+which never changes, and its state.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pyerofs.system.private import PrivateDirectory, Untrusted
 MAP_MAGIC = b"PYEROFSM"
 VERSION = 2
 _HEADER = struct.Struct("<8sIIQII")  # magic, version, segment size, blob size, their CRC-32, state
-_FIXED = 24  # bytes of the header that the CRC-32 is of
+_FIXED = 24  # bytes of the header that the CRC-32 covers
 STATE = struct.Struct("<I")
 STATE_OFFSET = 28
-HEADER_SIZE = 4096  # the rest of it is JSON, for people who list the cache
-# far apart, so that damage does not make one of another
+HEADER_SIZE = 4096  # bytes; those behind _HEADER are JSON, for listing the cache
+# states are words, so that a flipped bit does not turn one into another
 FILLING, COMPLETE, BAD = (int.from_bytes(word, "little") for word in (b"FILL", b"DONE", b"BAD!"))
 MARK = struct.Struct("<II")  # PRESENT, CRC-32
 PRESENT = 0x50524553
@@ -37,18 +37,18 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 def segments_of(size: int) -> int:
-    """How many segments a blob has."""
+    """The number of segments of a blob of ``size`` bytes."""
     return (size + SEGMENT - 1) >> SEGMENT_BITS
 
 
 def extent_of(size: int, number: int) -> tuple[int, int]:
-    """Offset and length of a segment of a blob."""
+    """Offset and length in bytes of a segment of a blob of ``size`` bytes."""
     start = number << SEGMENT_BITS
     return start, min(SEGMENT, size - start)
 
 
 def checksum_function() -> Callable[[Buffer], int]:
-    """CRC-32; isal's is ten times as fast as zlib's."""
+    """A function for the CRC-32: isal's, ten times as fast as zlib's, if it is installed."""
     try:
         from isal.isal_zlib import crc32
     except ImportError:
@@ -57,25 +57,26 @@ def checksum_function() -> Callable[[Buffer], int]:
 
 
 def lock(fd: int, kind: int, start: int, length: int) -> None:
-    """A byte-range lock that belongs to the descriptor, not to the process."""
+    """Set or release a byte-range lock that belongs to the descriptor, not to the process.  Does not
+    wait: raises BlockingIOError if another descriptor holds a conflicting lock."""
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
 
 
 def unlink_pair(folder: PrivateDirectory, name: str) -> None:
-    """Remove both files of a blob, as far as they are there.  Raises OSError."""
+    """Unlink both files of a blob; a missing one is skipped.  Raises OSError."""
     for suffix in (".data", ".map"):
         folder.unlink(name + suffix)
 
 
 def move_pair(folder: PrivateDirectory, name: str, to: PrivateDirectory, new_name: str) -> None:
-    """Move both files of a blob: the map, which makes it one, comes last."""
+    """Move both files of a blob, the map last: without a map there is no blob.  Raises OSError."""
     for suffix in (".data", ".map"):
         folder.rename(name + suffix, to, new_name + suffix)
 
 
 def lock_names(map_fd: int, kind: int) -> None:
-    """Hold the two files of a claimed blob together: shared while both are opened, exclusively while
-    both are moved.  Waits."""
+    """Lock the names of a claimed blob's files: shared while a process opens both files, exclusive
+    while it moves both.  Blocks.  Does nothing on a file system without locks."""
     try:
         flock = _FLOCK.pack(kind, os.SEEK_SET, 1, 1, 0)
         fcntl.fcntl(map_fd, fcntl.F_OFD_SETLKW, flock)
@@ -85,14 +86,15 @@ def lock_names(map_fd: int, kind: int) -> None:
 
 
 def open_existing(folder: PrivateDirectory, name: str) -> int | None:
-    """The map's descriptor, locked against eviction; None where there is none."""
+    """Open a blob's map with the shared lock, which prevents eviction; None if there is no map.
+    Blocks.  Raises OSError."""
     while True:
         try:
             fd = folder.open_file(f"{name}.map", os.O_RDWR)
         except FileNotFoundError:
             return None
         except Untrusted:
-            folder.unlink(f"{name}.map")  # the directory is ours, so we may
+            folder.unlink(f"{name}.map")  # a link, or another user's file in this user's directory
             return None
         fcntl.flock(fd, fcntl.LOCK_SH)
         if os.fstat(fd).st_nlink:
@@ -101,8 +103,8 @@ def open_existing(folder: PrivateDirectory, name: str) -> int | None:
 
 
 def open_map(folder: PrivateDirectory, name: str, size: int, about: dict[str, Any]) -> int:
-    """The descriptor of a map with a header that makes sense, locked against eviction; and its names
-    are locked against being moved."""
+    """Open a blob's map, or create it.  Its header is valid; the descriptor holds the shared lock,
+    which prevents eviction, and the shared lock of ``lock_names``.  Blocks.  Raises OSError."""
     while True:
         for suffix in (".map", ".data"):
             try:
@@ -116,7 +118,7 @@ def open_map(folder: PrivateDirectory, name: str, size: int, about: dict[str, An
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                pass  # another process uses it already, or is about to: it will be whole
+                pass  # another process uses the map, or is initialising it
             else:
                 _initialise(fd, size, about)
             fcntl.flock(fd, fcntl.LOCK_SH)
@@ -126,7 +128,7 @@ def open_map(folder: PrivateDirectory, name: str, size: int, about: dict[str, An
             if good and folder.leads_to(f"{name}.map", fd):
                 os.utime(fd)  # the time of its last use, for eviction
                 return fd
-            # evicted, moved, discarded or damaged in between, or its maker has died: once more
+            # evicted, moved, discarded or damaged meanwhile, or its creator died: try again
             folder.unlink_same(f"{name}.map", fd)
         except BaseException:
             os.close(fd)
@@ -135,16 +137,16 @@ def open_map(folder: PrivateDirectory, name: str, size: int, about: dict[str, An
 
 
 def _initialise(fd: int, size: int, about: dict[str, Any]) -> None:
-    """Write the header of a map that is new, torn or damaged; nobody else uses it."""
-    found = parse_header(os.pread(fd, HEADER_SIZE, 0))
-    if found is not None and found[0] == size and found[1] in (FILLING, COMPLETE):
+    """Make a new or damaged map empty and write its header.  The caller holds the exclusive lock."""
+    header = parse_header(os.pread(fd, HEADER_SIZE, 0))
+    if header is not None and header[0] == size and header[1] in (FILLING, COMPLETE):
         return
     os.ftruncate(fd, 0)
     write_header(fd, size, FILLING, about)
 
 
 def write_header(fd: int, size: int, state: int, about: dict[str, Any]) -> None:
-    """Make the header of a map."""
+    """Write the header of a map.  Raises OSError."""
     text = json.dumps(about | {"since": int(time.time())}).encode()
     room = HEADER_SIZE - _HEADER.size
     fixed = _HEADER.pack(MAP_MAGIC, VERSION, SEGMENT, size, 0, 0)[:_FIXED]
@@ -153,7 +155,7 @@ def write_header(fd: int, size: int, state: int, about: dict[str, Any]) -> None:
 
 
 def parse_header(data: bytes) -> tuple[int, int, dict[str, Any]] | None:
-    """(size, state, about) in the beginning of a map; None where it is none, or is damaged."""
+    """(size, state, about) from the first bytes of a map; None if they are no valid header."""
     if len(data) < HEADER_SIZE:
         return None
     magic, version, segment, size, checksum, state = _HEADER.unpack_from(data)

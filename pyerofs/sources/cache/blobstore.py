@@ -1,5 +1,5 @@
-"""All that is kept of one blob: verified segments, which everybody shares; claimed ones, of its own
-origin only; and in memory what the disk does not take."""
+"""The stored segments of one blob: verified ones on disk, which all origins share; claimed ones on
+disk, from one origin only; and in memory those that the disk does not take."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ log = logging.getLogger("pyerofs")
 
 
 class BlobStore:
-    """The segments of one blob.  Thread-safe.  Also a Source, of those that are there.
+    """The segments of one blob.  Thread-safe.  Also a Source for the stored segments.
 
-    ``digest``: what all bytes together must be; None where nothing says so."""
+    ``digest``: the digest that the whole blob must have; None if none is known."""
 
     def __init__(
         self,
@@ -34,9 +34,10 @@ class BlobStore:
         storing: Callable[[int], AbstractContextManager[bool]] = lambda _: nullcontext(True),
         close: Callable[[], None] = lambda: None,
     ) -> None:
-        """``claimed`` opens the blob of its origin on disk, where there is to be one; it may raise
-        OSError.  ``settled``: where it goes once its digest was checked.  ``storing``: whether the
-        cache may grow by so many bytes, while they are written.  ``close``: called at the end."""
+        """``claimed`` opens the origin's blob on disk and may raise OSError; None: no such blob.
+        ``settled``: the directory and name for the blob once it is verified.  ``storing`` yields
+        whether so many bytes may be written to disk within its block.  ``close`` is called when the
+        store is closed."""
         self.name = name
         self.size = size
         self.digest = digest
@@ -49,9 +50,10 @@ class BlobStore:
         self._close = close
         self._memory = MemoryStore(size, name)
         self._frozen: Claimed | None = None
-        self.error: IntegrityError | None = None  # why nothing of it is handed out any more
+        self.error: IntegrityError | None = None  # set once the blob is wrong; every read raises it
         self._warned = False
-        self._proven = False  # by a whole pass of this process, over what memory can't hold
+        # a whole pass of this process matched the digest, with a part of the blob in memory
+        self._proven = False
         self._disks: tuple[DiskStore, ...] = () if verified is None else (verified,)
         if verified is None or not verified.complete:
             self._writable()
@@ -59,68 +61,69 @@ class BlobStore:
     # reading -----------------------------------------------------------------------------
 
     def peek(self, offset: int, length: int) -> Buffer | None:
-        """A range if that takes no waiting."""
+        """The bytes of a range if they are checked and need not block; else None."""
         for disk in self._disks:
-            if (found := disk.peek(offset, length)) is not None:
-                return found
+            if (data := disk.peek(offset, length)) is not None:
+                return data
         return self._memory.peek(offset, length) if length > 0 else None
 
     def read(self, offset: int, length: int) -> Buffer | None:
-        """A range, checked; None if it is not there (any more), or not in one place.  Blocks."""
+        """The bytes of a range, checked; None if they are missing or damaged, or neither one file nor
+        memory has all of them.  Blocks."""
         for disk in self._disks:
             try:
-                if (found := disk.read(offset, length)) is not None:
-                    return found
+                if (data := disk.read(offset, length)) is not None:
+                    return data
             except OSError as e:
-                log.warning("%s: the cache can't be read: %s", self.name, e.strerror)
+                log.warning("%s: can't read from the cache: %s", self.name, e.strerror)
         return self._memory.peek(offset, length)
 
     def read_at(self, offset: int, length: int) -> Buffer:
         check_range(self.name, self.size, offset, length)
-        found = self.read(offset, length)
-        if found is None:
-            raise IntegrityError(f"{self.name}: what the cache holds at {offset} is damaged")
-        return found
+        data = self.read(offset, length)
+        if data is None:
+            raise IntegrityError(f"{self.name}: the cached data at offset {offset} is damaged")
+        return data
 
     def missing(self, first: int, last: int) -> list[int]:
-        """Which of these segments (``last`` included) are not there."""
+        """The segments from ``first`` to ``last`` that are not stored."""
         return [n for n in range(first, last + 1) if not self.has(n)]
 
     def has(self, number: int) -> bool:
         return any(disk.has(number) for disk in self._disks) or self._memory.has(number)
 
     def present(self) -> int:
-        """How many segments are there, at least."""
+        """About how many segments are stored: those of the fuller file, and those in memory."""
         return max((d.present() for d in self._disks), default=0) + self._memory.present()
 
     def check(self, first: int, last: int) -> None:
-        """Look at stored segments before a reader gets to them.  Blocks."""
+        """Check stored segments before a reader gets to them.  Blocks.  Raises OSError."""
         for disk in self._disks:
             disk.check([n for n in disk.unchecked(first, last) if disk.has(n)])
 
     def unchecked(self, first: int, last: int) -> bool:
-        """Whether ``check`` would have something to do."""
+        """Whether this process has not checked some of these segments on disk, stored or not."""
         return any(disk.unchecked(first, last) for disk in self._disks)
 
     @property
     def complete(self) -> bool:
-        """Whether all of it is in one file, and found right."""
+        """Whether a whole pass has found the blob right in one file."""
         return any(disk.complete for disk in self._disks)
 
     @property
     def verified(self) -> bool:
-        """Whether everything that is read is what the digest says."""
+        """Whether a whole pass found that the blob matches its digest."""
         return self._proven or (self.digest is not None and self.complete)
 
     @property
     def backing(self) -> tuple[int, int] | None:
         for disk in self._disks:
-            if (found := disk.backing) is not None:
-                return found
+            if (backing := disk.backing) is not None:
+                return backing
         return None
 
     def adopt(self, verified: Verified | None) -> None:
-        """Take in a verified blob that has turned up, if one has."""
+        """Use a verified blob that was found after this store was made; None: there is none."""
         if verified is not None:
             self._verified = verified
             self._disks = (verified, *self._disks)
@@ -128,7 +131,7 @@ class BlobStore:
     # writing -----------------------------------------------------------------------------
 
     def _writable(self) -> Claimed | None:
-        """The claimed blob on disk, opened when it is first needed; None where there can be none."""
+        """The claimed blob on disk, opened at the first call; None if it can't be opened."""
         if self._claimed is None and self._open_claimed is not None:
             try:
                 self._claimed = self._open_claimed()
@@ -139,8 +142,8 @@ class BlobStore:
         return self._claimed
 
     def put(self, number: int, data: Buffer) -> None:
-        """Keep a segment: on disk where there is room, else in memory.  Blocks.  Raises IntegrityError
-        where it is known to have been different before."""
+        """Store a segment, on disk if there is room, else in memory.  Blocks.  Raises IntegrityError if
+        the blob is known to be wrong, or memory held other bytes of this segment before."""
         if self.error is not None:
             raise self.error
         disk = None if self._frozen is not None else self._writable()
@@ -158,13 +161,12 @@ class BlobStore:
         if not self._warned:
             self._warned = True
             where = f"{e.filename}: " if e.filename else ""
-            log.warning(
-                "%s: %s%s; going on without keeping it on disk", self.name, where, e.strerror
-            )
+            log.warning("%s: %s%s; keeping new data in memory only", self.name, where, e.strerror)
 
     def forget(self, number: int) -> bool:
-        """Drop a segment that turned out wrong; whether fetching it again may bring other bytes."""
-        if self.verified:  # then only the disk can be at fault
+        """Drop a segment whose bytes were found wrong.  Returns whether fetching it again may bring
+        other bytes: if the blob is verified, only if the disk has damaged them."""
+        if self.verified:
             damaged = [d for d in self._disks if d.has(number) and d.segment(number) is None]
             return bool(damaged)
         for disk in self._disks:
@@ -174,8 +176,8 @@ class BlobStore:
 
     @contextmanager
     def claimed(self, first: int, last: int) -> Iterator[bool]:
-        """Hold a lock against other processes on segments that are about to be fetched; gives False
-        at once where another one holds some of them."""
+        """Lock segments that this process is about to fetch; yields False at once if another process
+        has locked some of them."""
         disk = self._writable()
         if disk is None:
             yield True
@@ -183,11 +185,11 @@ class BlobStore:
         with disk.claimed(first, last) as ours:
             yield ours
 
-    # judging -----------------------------------------------------------------------------
+    # verifying ---------------------------------------------------------------------------
 
     @property
     def ripe(self) -> bool:
-        """Whether all of it is on disk, and it is still to be found out whether it is right."""
+        """Whether every segment is on disk, and no whole pass has checked the blob yet."""
         disk = self._claimed
         if disk is None or disk.state != FILLING or self.complete:
             return False
@@ -196,39 +198,40 @@ class BlobStore:
         )
 
     def settle(self) -> bool | None:
-        """Find out whether it is right.  Blocks for as long as it takes to read everything.
+        """Check the whole blob against its digest.  Blocks while it reads every segment.
 
-        True: it is, and is shared from now on.  False: it is not, and nothing of it is kept.  None:
-        that can't be told now.  Raises OSError."""
+        True: the blob matches, or has no digest and is undamaged.  False: it does not match; all of its
+        segments are dropped.  None: it can't be checked now.  Raises OSError."""
         disk = self._claimed
         if disk is None:
             return None
-        if self._verified is not None:  # it has lost segments: put together what both have
+        if self._verified is not None:  # the verified blob has lost segments: copy the rest of them
             for number in range(self.count):
                 if not disk.has(number) and (data := self._verified.segment(number)) is not None:
                     disk.put(number, data)
-        found = disk.settle(self.digest, self._settled)
-        if found is False:
+        right = disk.settle(self.digest, self._settled)
+        if right is False:
             self.condemn()
-        return found
+        return right
 
     def freeze(self) -> bool:
-        """From now on nobody adds to what is on disk, so that a whole pass proves something even where
-        memory holds a part.  False where somebody is just writing.  Raises OSError."""
+        """Keep all processes from adding to the blob on disk, so that a whole pass can verify the blob
+        while memory holds a part of it.  False if a process is writing, or the file system has no
+        locks.  Raises OSError."""
         if self._claimed is not None and self._frozen is None:
             self._frozen = self._claimed.frozen()
             return self._frozen is not None
         return True
 
     def proven(self) -> None:
-        """Told that a whole pass over a frozen blob has found its digest."""
+        """Record that a whole pass over the frozen blob matched its digest."""
         self._proven = True
 
     def condemn(self, error: IntegrityError | None = None) -> None:
-        """Told that it is wrong: nothing of it is kept or handed out any more.  ``error``: why, if not
-        because of its digest."""
+        """Record that the blob is wrong: drop all of its segments, and have every later read raise
+        ``error`` (default: the blob does not match its digest)."""
         self.error = error or IntegrityError(
-            f"{self.name}: is not what its digest {self.digest} says"
+            f"{self.name}: does not match its digest {self.digest}"
         )
         if self._claimed is not None:
             self._claimed.discard()
@@ -236,11 +239,11 @@ class BlobStore:
         self._memory.clear()
 
     def extent(self, number: int) -> tuple[int, int]:
-        """Offset and length of a segment."""
+        """Offset and length of a segment in bytes."""
         return extent_of(self.size, number)
 
     def close(self) -> None:
-        """Let go; idempotent."""
+        """Close the files and drop the segments in memory.  Idempotent."""
         for disk in (self._verified, self._claimed, self._frozen):
             if disk is not None:
                 disk.close()

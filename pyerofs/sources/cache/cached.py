@@ -1,7 +1,8 @@
-"""A remote blob read through its cache: what is missing is fetched, once, in large ranges.
+"""A remote blob read through its cache: missing segments are fetched once, in large ranges.
 
-Fetched bytes are claimed, not verified (``store.py``).  Once all of them are on disk, the digest is
-checked in the background (``verifier.py``).  ``verify`` fetches the missing ones and waits for that.
+Fetched bytes are claimed, not verified (``store``).  Once the whole blob is on disk, its digest is
+checked in the background (``verifier``).  ``verify`` fetches the missing segments and waits for that
+check.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ REREADS = 3  # attempts to read a segment whose checksum is wrong or that was ev
 
 
 class CachedSource(AsyncSource):
-    """An AsyncSource over a Remote and the store for it; owns both."""
+    """An AsyncSource over a Remote and the store of its blob.  Owns both."""
 
     def __init__(
         self,
@@ -50,8 +51,8 @@ class CachedSource(AsyncSource):
         rate: int | None = None,
         pinned: SourceSpec | None = None,
     ) -> None:
-        """``timeout`` bounds each read, in seconds; ``rate`` what is fetched in the background, in
-        bytes a second."""
+        """``timeout`` bounds each read, in seconds; ``rate`` each task that fetches in the background,
+        in bytes a second.  ``pinned``: the spec that names these bytes by digest."""
         self.name = remote.name
         self.size = remote.size
         self._remote = remote
@@ -76,14 +77,14 @@ class CachedSource(AsyncSource):
             return None
         if offset >= self._ahead.trigger:
             self._token.run_sync_soon(self._crossed, offset >> SEGMENT_BITS, idempotent=True)
-        found = self._store.peek(offset, length)
-        if found is not None:
+        data = self._store.peek(offset, length)
+        if data is not None:
             self._ahead.peeked(offset + length)
-        return found
+        return data
 
     @property
     def blocking(self) -> Source | None:
-        """The cache's file, once the blob is complete in it."""
+        """The cache's file, once the whole blob is in it."""
         return self._whole.blocking if self._store.complete else None
 
     @property
@@ -104,12 +105,12 @@ class CachedSource(AsyncSource):
 
     @property
     def digest(self) -> str | None:
-        """The digest that all bytes together must have; None where none is known."""
+        """The digest that the whole blob must have; None if none is known."""
         return self._store.digest
 
     @property
     def verified(self) -> bool:
-        """Whether the digest of all bytes was checked."""
+        """Whether a whole pass found that the blob matches its digest."""
         return self._store.verified
 
     def will_need(self, offset: int, length: int) -> None:
@@ -140,7 +141,7 @@ class CachedSource(AsyncSource):
             try:
                 return await self._whole.read_at(offset, length)
             except IntegrityError:
-                pass  # no longer complete: the damaged segments are fetched again below
+                pass  # damaged segments are fetched again below
         if not any(map(self._fetcher.flight, range(first, last + 1))):
             found = await trio.to_thread.run_sync(self._store.read, offset, length)
             if found is not None:
@@ -158,7 +159,7 @@ class CachedSource(AsyncSource):
         self._store.close()
 
     def status(self) -> dict[str, Any]:
-        """What is cached and verified, and what went over the network."""
+        """What is cached and verified, and how much was requested and received."""
         traffic = self._remote.traffic
         return {
             "name": self.name,
@@ -172,7 +173,7 @@ class CachedSource(AsyncSource):
         }
 
     async def forget(self, offset: int, length: int) -> bool:
-        """Drop the segments of a range, which were found to be wrong.  True if fetching them again may
+        """Drop the segments of a range whose bytes were found wrong.  True if fetching them again may
         bring other bytes."""
         first, last = offset >> SEGMENT_BITS, offset + length - 1 >> SEGMENT_BITS
 
@@ -185,18 +186,18 @@ class CachedSource(AsyncSource):
     # segments ----------------------------------------------------------------------------
 
     def seed(self, data: bytes) -> None:
-        """Store the blob's first segment if ``data``, its first bytes, holds all of it."""
+        """Store the first segment if ``data``, the blob's first bytes, has all of it.  Blocks."""
         if len(data) >= min(SEGMENT, self.size) and self._fetcher.absent(0, 0):
             with self._store.claimed(0, 0) as ours:
                 if ours:
                     self._store.put(0, data[:SEGMENT])
 
     def _crossed(self, number: int) -> None:
-        """Half of what was fetched ahead is used up."""
+        """Fetch ahead, since a reader has used half of the segments that were fetched ahead."""
         self._fetch_ahead(self._ahead.crossed(number))
 
     def _fetch_ahead(self, numbers: range) -> None:
-        """Fetch, or check, what a sequential reader will need next."""
+        """Fetch and check the segments that a sequential reader will need next."""
         if numbers:
             first, last = numbers[0], numbers[-1]
             self._fetcher.start(self._fetcher.absent(first, last), urgent=True)
@@ -229,22 +230,22 @@ class CachedSource(AsyncSource):
                     raise flight.error
                 if flight.data is not None:
                     return flight.data
-        raise SourceError(f"{self.name}: what was fetched at {offset} can't be kept")
+        raise SourceError(
+            f"{self.name}: the data fetched at offset {offset} can't be read back from the cache"
+        )
 
-    # fetching ----------------------------------------------------------------------------
-
-    # what the digest says -------------------------------------------------------------------
+    # verifying ---------------------------------------------------------------------------
 
     @property
     def whole(self) -> bool:
-        """Whether all of it has been fetched."""
+        """Whether every segment is stored."""
         return not self._store.missing(0, self._count - 1)
 
     async def verify(self, progress: Callable[[str, int, int], None] | None = None) -> None:
-        """Fetch what is missing, and check the digest over a whole pass.  ``progress``: as for Access.
+        """Fetch the missing segments, and check the digest in a whole pass.  ``progress``: as in
+        ``Access``.  The blob must have a digest.
 
-        Raises IntegrityError where it is wrong, SourceError where bytes can't be had.  There must be a
-        digest."""
+        Raises IntegrityError if the blob does not match it, SourceError if bytes can't be fetched."""
         for number in range(self._count):
             if self.verified:
                 return

@@ -1,7 +1,7 @@
-"""Fetches missing segments of a blob, each by a *flight* that any number of readers wait for.
+"""Fetches missing segments of a blob, each once however many readers wait for it (single flight).
 
-Neighbouring segments share a request.  Requests run in the background, so a reader that is cancelled
-leaves its flights to other readers.
+Adjacent segments share a request.  Requests run in background tasks, so when a reader is cancelled,
+its flights continue for other readers.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ log = logging.getLogger("pyerofs")
 
 RANGE = 8  # segments of one request at most; a reader waits for its own segment only
 REQUESTS = 6  # at the same time
-WRITES = 8  # segments being written to the disk at the same time
-PATIENCE = 15.0  # seconds that another process may take for a segment before we fetch it ourselves
+WRITES = 8  # segments being written to disk at the same time
+PATIENCE = 15.0  # seconds to wait for another process's fetch of a segment, before fetching it too
 
 
 class Remote(Protocol):
-    """The server's side of a blob."""
+    """A blob on its server."""
 
     name: str
-    size: int
-    ranged: bool
+    size: int  # bytes
+    ranged: bool  # the server can send a range of the blob
 
     @property
     def traffic(self) -> Traffic:
@@ -46,7 +46,7 @@ class Remote(Protocol):
 
 
 class Flight:
-    """A segment that is being fetched, and then stored."""
+    """One fetch of a segment.  ``done`` is set with ``data`` or an error, ``stored`` after storing."""
 
     __slots__ = ("data", "done", "error", "stored")
 
@@ -58,7 +58,7 @@ class Flight:
 
 
 class Fetcher:
-    """Starts flights for segments and brings them into the store."""
+    """Fetches segments and puts them into the store."""
 
     def __init__(
         self,
@@ -84,16 +84,17 @@ class Fetcher:
         self._quiet = trio.Event()
 
     def flight(self, number: int) -> Flight | None:
-        """The flight of a segment that is being fetched or stored."""
+        """The flight of a segment; None unless the segment is being fetched or stored."""
         return self._flights.get(number)
 
     def absent(self, first: int, last: int) -> list[int]:
-        """Which of the segments ``first`` to ``last`` are neither stored nor being fetched."""
-        found = self._store.missing(first, min(last, self._count - 1))
-        return [n for n in found if n not in self._flights]
+        """The segments from ``first`` to ``last`` that are neither stored nor being fetched."""
+        missing = self._store.missing(first, min(last, self._count - 1))
+        return [n for n in missing if n not in self._flights]
 
     def start(self, numbers: Sequence[int], *, urgent: bool) -> list[Flight]:
-        """Start flights for segments; neighbours share a request."""
+        """Start flights for segments, which are returned; adjacent segments share a request.  All
+        missing segments are fetched if the server has no ranges.  ``urgent``: a reader waits."""
         if not numbers:
             return []
         limit = RANGE
@@ -109,7 +110,7 @@ class Fetcher:
 
     def too_late(self, offset: int) -> SourceError:
         return SourceError(
-            f"{self._name}: bytes at {offset} did not come within {self._timeout:g} seconds"
+            f"{self._name}: no data at offset {offset} within {self._timeout:g} seconds (--timeout)"
         )
 
     async def lull(self) -> None:
@@ -119,14 +120,14 @@ class Fetcher:
             await self._quiet.wait()
 
     async def landed(self) -> None:
-        """Wait until what has been asked for is stored, or was not to be had."""
+        """Wait until each segment that is being fetched is stored or has failed."""
         for flight in [*self._flights.values()]:
             await flight.stored.wait()
 
     # one request -----------------------------------------------------------------------------
 
     async def _fetch(self, first: int, last: int, urgent: bool) -> None:
-        """Fetch neighbouring segments, whose flights have been started, and end these flights."""
+        """Fetch adjacent segments, whose flights were started, and end these flights."""
         pace = Pace(self._timeout)
         error: SourceError | None = None
         self._urgent += urgent
@@ -141,8 +142,8 @@ class Fetcher:
         except OSError as e:
             error = SourceError(f"{self._name}: the cache can't be used: {e.strerror}")
         except Exception as e:  # an internal error must not end the mount
-            log.exception("%s: unexpected", self._name)
-            error = SourceError(f"{self._name}: unexpected {type(e).__name__}")
+            log.exception("%s: internal error", self._name)
+            error = SourceError(f"{self._name}: internal error ({type(e).__name__}), see the log")
         finally:
             self._urgent -= urgent
             if not self._urgent:
@@ -153,15 +154,15 @@ class Fetcher:
                     self._land(number, error)
 
     def _land(self, number: int, error: SourceError | None = None) -> None:
-        """End a flight; without an error, its readers look into the store again."""
+        """End a flight.  Without an error, its readers look into the store again."""
         flight = self._flights.pop(number)
         flight.error = error
         flight.done.set()
         flight.stored.set()
 
     async def _fetch_claimed(self, first: int, last: int, pace: Pace) -> None:
-        """Fetch what is missing.  While another process holds the lock on these segments, wait for it
-        to store them, for PATIENCE seconds at most."""
+        """Fetch those of the segments that are missing.  While another process has locked some of them,
+        wait until it has stored them, but not longer than PATIENCE seconds."""
         delay = 0.01
         patience = trio.current_time() + PATIENCE
         while True:
@@ -187,8 +188,8 @@ class Fetcher:
     async def _receive(self, first: int, last: int, pace: Pace) -> None:
         """Cut a response into segments, and end their flights.
 
-        A range has to arrive before the pace's deadline.  The whole blob, from a server without ranges,
-        has to make progress instead."""
+        A range must arrive before the pace's deadline.  While a whole blob arrives, from a server
+        without ranges, the pace moves its deadline on."""
         start, end = first << SEGMENT_BITS, min((last + 1) << SEGMENT_BITS, self._size)
         number, buffer = -1, bytearray()
         stream = self._remote.stream(start, end, pace)
@@ -200,7 +201,9 @@ class Fetcher:
                     # the first piece; or a server without ranges starts again
                     number, buffer = offset >> SEGMENT_BITS, bytearray()
                     if offset & (SEGMENT - 1):
-                        raise SourceError(f"{self._name}: its bytes come in no order")
+                        raise SourceError(
+                            f"{self._name}: the server's bytes are out of order at offset {offset}"
+                        )
                 buffer += chunk
                 while buffer:
                     full = min(SEGMENT, self._size - (number << SEGMENT_BITS))
@@ -219,9 +222,7 @@ class Fetcher:
             flight = self._flights[number] = Flight()
         if flight.data is not None:
             return  # already fetched, by another request to such a server
-        if (
-            self._store.verified
-        ):  # memory has dropped it: it must be what it was before anybody sees it
+        if self._store.verified:  # memory has dropped the segment: check it before readers get it
             await trio.to_thread.run_sync(self._store.put, number, data)
         flight.data = data
         flight.done.set()
@@ -233,7 +234,7 @@ class Fetcher:
         try:
             await trio.to_thread.run_sync(self._store.put, number, flight.data)
         except IntegrityError as e:
-            log.info("%s", e)  # all that read from now on are told
+            log.info("%s", e)  # every later read raises this error
             await trio.to_thread.run_sync(self._store.condemn, e)
         finally:
             self._writes.release_on_behalf_of(flight)
@@ -244,7 +245,7 @@ class Fetcher:
 
 
 def rows(numbers: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
-    """Ascending numbers as (first, last) of neighbours, at most ``limit`` of them together."""
+    """Ascending numbers as (first, last) of runs of adjacent ones, at most ``limit`` in a run."""
     first = last = -2
     for number in numbers:
         if number != last + 1 or number - first >= limit:

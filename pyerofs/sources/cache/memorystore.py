@@ -9,13 +9,13 @@ from collections import OrderedDict
 from pyerofs.errors import IntegrityError
 from pyerofs.sources.base import SEGMENT_BITS, Buffer
 
-MEMORY_SEGMENTS = 64
+MEMORY_SEGMENTS = 64  # of 1 MiB
 
 
 class MemoryStore:
-    """The segments used last, at most ``capacity`` of them.
+    """The most recently used segments of a blob, at most ``capacity`` of them.
 
-    A segment that was dropped and is fetched again must be what it was: its SHA-256 is remembered."""
+    The SHA-256 of a dropped segment is remembered: fetched again, the segment must be the same."""
 
     def __init__(self, size: int, name: str, capacity: int = MEMORY_SEGMENTS) -> None:
         self.size = size
@@ -39,31 +39,31 @@ class MemoryStore:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def present(self) -> int:
-        """How many segments are here now."""
+        """The number of segments in memory."""
         return len(self._segments)
 
     def has(self, number: int) -> bool:
         return number in self._segments
 
     def knows(self, number: int) -> bool:
-        """Whether a segment is here, or was."""
+        """Whether a segment is in memory, or was dropped from it."""
         return number in self._digests
 
     def put(self, number: int, data: Buffer) -> None:
-        """Keep a segment.  Raises IntegrityError where it is not what it was before."""
+        """Store a segment.  Raises IntegrityError if it differs from the one that was dropped."""
         digest = hashlib.sha256(data).digest()
         with self._lock:
             if self._digests.setdefault(number, digest) != digest:
                 raise IntegrityError(
-                    f"{self._name}: the server sent other bytes at {number << SEGMENT_BITS}"
-                    " before; it can't be what its digest says"
+                    f"{self._name}: the server sent other bytes than before at offset"
+                    f" {number << SEGMENT_BITS} (their digests differ), so no bytes of it are used"
                 )
             self._segments[number] = data
             while len(self._segments) > self._capacity:
                 self._segments.popitem(last=False)
 
     def forget(self, number: int) -> None:
-        """Drop a segment that turned out wrong."""
+        """Drop a wrong segment, and its SHA-256."""
         with self._lock:
             self._segments.pop(number, None)
             self._digests.pop(number, None)

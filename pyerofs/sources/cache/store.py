@@ -1,17 +1,17 @@
-"""Fetched segments on disk, for all processes.
+"""A blob of the cache on disk, shared by all processes.
 
-A blob is two files (``blobfiles``): its data, and a map that marks the segments that are there and
-has the CRC-32 of each.  Data is written before its mark, and a process checks the CRC of a segment
-before it uses the segment for the first time.  So whatever a crash, a full disk or another process
-leaves behind is never taken for what was fetched.
+A blob is two files (``blobfiles``): its data, and a map that marks the stored segments and holds the
+CRC-32 of each.  A segment's data is written before its mark, and each process checks the CRC of a
+segment before its first use of the segment.  So no process uses a segment that a crash, a full disk
+or another process has damaged.
 
-The CRC tells damage, not deceit.  A blob is first *claimed*: filled with what its server sent.  One
-whose digest was found right over a whole pass becomes *verified*: nothing is ever added to it again,
-it can only lose segments that turn out damaged.  ``Claimed.settle`` makes that step; while it looks,
-and ever after, ``put`` is refused to everybody who still has the blob open.
+The CRC detects damage, not forgery.  A blob is *claimed* first: filled with the bytes that its server
+sent.  Once a whole pass finds that the blob matches its digest, the blob is *verified*: no segment is
+ever added to it, and damaged ones are dropped.  ``Claimed.settle`` makes that step; during the pass
+and afterwards, ``put`` raises OSError in every process that has the blob open.
 
-Nothing is ever truncated or punched out under a reader: a blob goes by unlinking, and only while
-nobody holds the shared lock on its map that each user takes.
+A blob is removed by unlinking its files, never by truncating them, so a reader keeps the files that
+it has open.  Eviction skips a blob in use: each user holds a shared lock on the map.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ from pyerofs.system.private import PrivateDirectory, Untrusted
 
 
 class DiskStore:
-    """One blob's pair of files, for reading.  Thread-safe; shared with other processes."""
+    """The two files of one blob, for reading.  Thread-safe; other processes may use the same files."""
 
     def __init__(self, folder: PrivateDirectory, name: str, map_fd: int, size: int) -> None:
-        """Takes over ``map_fd``, on which the shared lock is held.  Raises OSError."""
+        """Takes ownership of ``map_fd``, which holds the shared lock.  Raises OSError."""
         self.folder = folder
         self.name = name
         self.size = size
@@ -66,11 +66,11 @@ class DiskStore:
         self._map = map_fd
         self._fd = -1
         self._checksum = checksum_function()
-        # 1: there, and its checksum was right; the kernel gives pages as they are written to
+        # a byte per segment: 1 if this process has checked its CRC.  Pages are allocated when written
         self._seen = mmap.mmap(-1, max(self.count, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._unseen = self.count
         self._lock = threading.Lock()
-        self._recent: tuple[int, int, Buffer] = (0, 0, b"")  # the range that was checked last
+        self._recent: tuple[int, int, Buffer] = (0, 0, b"")  # start, end, data of the last segment
         try:
             self._fd = folder.open_file(f"{name}.data", os.O_RDWR | os.O_CREAT)
             if os.fstat(self._fd).st_size != size:
@@ -83,38 +83,38 @@ class DiskStore:
 
     @property
     def state(self) -> int:
-        """FILLING, COMPLETE or BAD, as last seen."""
+        """FILLING, COMPLETE or BAD, as this process last read it."""
         return self._state
 
     @property
     def complete(self) -> bool:
-        """Whether all of it is here and was found right."""
+        """Whether a whole pass has found the blob right."""
         return self._state == COMPLETE
 
     @property
     def backing(self) -> tuple[int, int] | None:
-        """The data file, once this process has checked all of it."""
+        """The data file, once this process has checked every segment."""
         return (self._fd, 0) if self.complete and not self._unseen else None
 
     def _read_state(self) -> int:
         return int(STATE.unpack(os.pread(self._map, STATE.size, STATE_OFFSET))[0])
 
     def _set_state(self, state: int) -> None:
-        """Tell all processes."""
+        """Set the state for all processes."""
         self._state = state
         os.pwrite(self._map, STATE.pack(state), STATE_OFFSET)
 
     def _mark(self, number: int) -> int | None:
-        """The checksum that a segment must have, or None if it is not there."""
-        found = os.pread(self._map, MARK.size, HEADER_SIZE + number * MARK.size)
-        if len(found) < MARK.size:
+        """The CRC-32 that a segment must have; None if the segment is not stored."""
+        mark_record = os.pread(self._map, MARK.size, HEADER_SIZE + number * MARK.size)
+        if len(mark_record) < MARK.size:
             return None
-        mark, checksum = MARK.unpack(found)
+        mark, checksum = MARK.unpack(mark_record)
         return int(checksum) if mark == PRESENT else None
 
     def present(self) -> int:
-        """How many segments are marked, whether right or not.  Reads what is not a hole of the map."""
-        found = 0
+        """The number of stored segments, damaged ones included.  Skips holes in the map."""
+        marked = 0
         at, end = HEADER_SIZE, HEADER_SIZE + self.count * MARK.size
         while at < end:
             try:
@@ -124,12 +124,12 @@ class DiskStore:
             marks = os.pread(self._map, min(SEGMENT, end - at), at)
             if not marks:
                 break
-            found += marks[:: MARK.size].count(PRESENT & 0xFF)
+            marked += marks[:: MARK.size].count(PRESENT & 0xFF)
             at += SEGMENT
-        return found
+        return marked
 
     def peek(self, offset: int, length: int) -> Buffer | None:
-        """A range if that takes no waiting."""
+        """The bytes of a range if this process has checked them and need not block; else None."""
         if length <= 0 or offset < 0 or offset + length > self.size or self._state == BAD:
             return None
         start, end, recent = self._recent
@@ -143,7 +143,7 @@ class DiskStore:
         return self._file.peek(offset, length)
 
     def segment(self, number: int) -> Buffer | None:
-        """A whole segment, checked; None if it is not there (any more).  Blocks."""
+        """A whole segment, checked; None if it is missing or damaged.  Blocks."""
         offset, length = extent_of(self.size, number)
         data = bytearray(length)
         if not self._check_into(number, data):
@@ -152,14 +152,14 @@ class DiskStore:
         return data
 
     def check(self, numbers: list[int]) -> None:
-        """Look at segments that nobody wants yet, so that they can be peeked at.  Blocks."""
-        buffer = bytearray(SEGMENT)  # one for all: fresh memory costs as much as reading
+        """Check segments in advance, so that ``peek`` finds them.  Blocks."""
+        buffer = bytearray(SEGMENT)  # one for all: allocating memory costs as much as reading
         for number in numbers:
             if not self._seen[number]:
                 self._check_into(number, memoryview(buffer)[: extent_of(self.size, number)[1]])
 
     def _check_into(self, number: int, buffer: bytearray | memoryview) -> bool:
-        """Read a segment; whether it is what was stored.  One that is not is forgotten."""
+        """Read a segment; returns whether it is stored and undamaged.  Forgets a damaged one."""
         checksum = self._mark(number)
         if checksum is None:
             return False
@@ -169,7 +169,7 @@ class DiskStore:
         try:
             read = os.preadv(self._fd, [buffer], number << SEGMENT_BITS)
         except OSError:
-            read = -1  # what the disk can't give back may still be had from afar
+            read = -1  # a segment that the disk can't read is fetched again
         if read != len(buffer) or self._checksum(buffer) != checksum:
             self.forget(number)
             return False
@@ -182,7 +182,7 @@ class DiskStore:
             self._seen[number] = now
 
     def read(self, offset: int, length: int) -> Buffer | None:
-        """A range, checked; None if some of it is not there (any more).  Blocks."""
+        """The bytes of a range, checked; None if a segment is missing or damaged.  Blocks."""
         first, last = offset >> SEGMENT_BITS, offset + length - 1 >> SEGMENT_BITS
         for number in range(first, last + 1):
             if not self._seen[number] and self.segment(number) is None:
@@ -198,21 +198,21 @@ class DiskStore:
             return None
 
     def has(self, number: int) -> bool:
-        """Whether a segment is there, right or not."""
+        """Whether a segment is stored; the segment may be damaged."""
         return bool(self._seen[number]) or self._mark(number) is not None
 
     def unchecked(self, first: int, last: int) -> list[int]:
-        """Which of these segments this process has not looked at yet."""
+        """The segments from ``first`` to ``last`` that this process has not checked."""
         return [n for n in range(first, last + 1) if not self._seen[n]]
 
     def forget(self, number: int) -> None:
-        """Drop a segment that turned out wrong."""
+        """Drop a segment that is damaged or wrong."""
         os.pwrite(self._map, bytes(MARK.size), HEADER_SIZE + number * MARK.size)
         self._recent = (0, 0, b"")
         self._saw(number, 0)
 
     def close(self) -> None:
-        """Let go; idempotent."""
+        """Close the files, and release the lock with them.  Idempotent."""
         if self._map >= 0:
             self._file.close()
             self._close_descriptors()
@@ -225,11 +225,11 @@ class DiskStore:
 
 
 class Verified(DiskStore):
-    """A blob whose digest was checked over a whole pass.  It can lose segments, never gain any."""
+    """A blob that matched its digest in a whole pass.  It can lose segments, but never gains any."""
 
     @classmethod
     def open(cls, folder: PrivateDirectory, name: str) -> Verified | None:
-        """The blob of that name; None if there is none, or what is there can't be believed.
+        """Open the verified blob ``name``; None if there is none.  Removes files that are not one.
 
         Raises OSError."""
         map_fd = open_existing(folder, name)
@@ -247,7 +247,7 @@ class Verified(DiskStore):
             raise
         try:
             return cls(folder, name, map_fd, header[0])
-        except Untrusted:  # something else in the place of its data
+        except Untrusted:  # the data file is a link, or another user's file
             unlink_pair(folder, name)
             return None
 
@@ -265,7 +265,7 @@ class Verified(DiskStore):
 
 
 class Claimed(DiskStore):
-    """A blob as its server claims it to be.  Several processes may fill it together."""
+    """A blob with the bytes that its server sent.  Several processes may fill it together."""
 
     def __init__(
         self,
@@ -276,18 +276,18 @@ class Claimed(DiskStore):
         *,
         vouched: bool,
     ) -> None:
-        """Open or make it.  ``about``: for people who list the cache.  ``vouched``: there is a digest
-        that can tell whether it is right.  Raises OSError."""
+        """Open the files, or create them.  ``about``: key and name, for listing the cache.
+        ``vouched``: the blob has a digest to check.  Raises OSError."""
         self.about = about
         self._vouched = vouched
-        self._writers = 0  # threads of this process that write; they share one lock
+        self._writers = 0  # threads of this process that write, under one shared lock
         map_fd = open_map(folder, name, size, about)
         super().__init__(folder, name, map_fd, size)
-        lock_names(map_fd, fcntl.F_UNLCK)  # which ``open_map`` has locked
+        lock_names(map_fd, fcntl.F_UNLCK)  # ``open_map`` took this lock
 
     def put(self, number: int, data: Buffer) -> None:
-        """Keep a segment.  Blocks.  Raises OSError where there is no room, or where the blob must not
-        change any more."""
+        """Store a segment.  Blocks.  Raises OSError if the disk is full, while ``settle`` checks the
+        blob, and afterwards."""
         offset, length = extent_of(self.size, number)
         assert len(data) == length
         checksum = self._checksum(data)
@@ -304,14 +304,14 @@ class Claimed(DiskStore):
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Hold the lock that keeps ``settle`` from looking.  Raises OSError where it is looking, or has
-        settled what the blob is."""
+        """Hold the shared lock on the header, which keeps ``settle`` from starting.  Raises OSError
+        while ``settle`` holds the exclusive lock, and once the blob is settled."""
         with self._lock:
             if not self._writers:
                 self._lock_header(fcntl.F_RDLCK)
                 if self._read_state() != FILLING:
                     self._lock_header(fcntl.F_UNLCK)
-                    raise OSError(errno.EROFS, "the blob is settled")
+                    raise OSError(errno.EROFS, "the cached blob accepts no more data")
             self._writers += 1
         try:
             yield
@@ -322,7 +322,8 @@ class Claimed(DiskStore):
                     self._lock_header(fcntl.F_UNLCK)
 
     def _lock_header(self, kind: int) -> bool:
-        """Whether the lock was got (True) or the file system has none.  Raises BlockingIOError."""
+        """Lock the header; False if the file system has no locks.  Raises BlockingIOError if another
+        descriptor holds a conflicting lock."""
         try:
             lock(self._map, kind, 0, 1)
         except OSError as e:
@@ -338,8 +339,8 @@ class Claimed(DiskStore):
 
     @contextmanager
     def claimed(self, first: int, last: int) -> Iterator[bool]:
-        """Hold a lock against other processes on segments that are about to be fetched; gives False
-        at once where another one holds some of them."""
+        """Lock segments that this process is about to fetch; yields False at once if another process
+        has locked some of them."""
         start, length = first << SEGMENT_BITS, (last - first + 1) << SEGMENT_BITS
         try:
             lock(self._fd, fcntl.F_WRLCK, start, length)
@@ -347,7 +348,7 @@ class Claimed(DiskStore):
             yield False
             return
         except OSError:
-            yield True  # a file system without locks: at worst something is fetched twice
+            yield True  # a file system without locks: two processes may fetch the same segment
             return
         try:
             yield True
@@ -357,26 +358,28 @@ class Claimed(DiskStore):
     def settle(
         self, digest: str | None, verified: tuple[PrivateDirectory, str] | None
     ) -> bool | None:
-        """Read all of it, to find out what it is.  Blocks for as long as that takes.
+        """Check the whole blob against its digest.  Blocks while it reads every segment.
 
-        True: it has the digest (or there is none to have); it is on the disk, and where a place for
-        ``verified`` blobs is given, it is there.  False: it is wrong, and gone.  None: some of it is
-        missing, somebody writes, or there are no locks, and it stays as it is.  Raises OSError."""
+        True: the blob matches (or ``digest`` is None), is synced to disk, and was moved to the
+        directory and name in ``verified``, if given.  False: it does not match, and was unlinked.
+        None: no result, since a segment is missing or damaged, a process is writing, or the file
+        system has no locks.  Raises OSError."""
         place = None if verified is None else (verified[0].copy(), verified[1])
         own = self.frozen()
         if own is None:
             return None
         try:
-            found = _digest_of(own, (digest or "sha256:").partition(":")[0])
-            if found is None:
+            computed = _digest_of(own, (digest or "sha256:").partition(":")[0])
+            if computed is None:
                 return None
-            if digest not in (None, found):
+            if digest not in (None, computed):
                 own.discard()
                 self._state = BAD
                 return False
             os.fdatasync(own._fd)
             if place is not None:
-                lock_names(own._map, fcntl.F_WRLCK)  # nobody opens one file here, and one there
+                # else a process could open one file before the move, and the other after it
+                lock_names(own._map, fcntl.F_WRLCK)
                 move_pair(own.folder, own.name, *place)
             own._set_state(COMPLETE)
             self._state = COMPLETE
@@ -385,11 +388,11 @@ class Claimed(DiskStore):
             own.close()
 
     def frozen(self) -> Claimed | None:
-        """The same blob once more, with the lock that keeps everybody from adding to it, until it is
-        closed.  It has descriptors of its own, to which the lock belongs.
+        """Open the blob again with the exclusive lock on its header: no process can add a segment
+        until the returned object is closed.
 
-        None where somebody is just writing, or the file system has no locks.  Raises OSError."""
-        folder = self.folder.copy()  # the caller may close its own meanwhile
+        None if a process is writing, or the file system has no locks.  Raises OSError."""
+        folder = self.folder.copy()  # the caller may close its folder meanwhile
         own = Claimed(folder, self.name, self.size, self.about, vouched=self._vouched)
         try:
             same = os.path.samestat(os.fstat(own._map), os.fstat(self._map))
@@ -404,32 +407,32 @@ class Claimed(DiskStore):
         return None
 
     def discard(self) -> None:
-        """Tell everybody that the blob is wrong, and unlink it."""
+        """Mark the blob BAD for all processes that have it open, and unlink its files."""
         self._set_state(BAD)
         self.folder.unlink_same(f"{self.name}.data", self._fd)
         self.folder.unlink_same(f"{self.name}.map", self._map)
 
 
 def _digest_of(store: DiskStore, algorithm: str) -> str | None:
-    """The digest of all segments; None where one is missing or spoiled."""
-    found = hashlib.new(algorithm)
+    """The digest of all segments; None if one is missing or damaged."""
+    hasher = hashlib.new(algorithm)
     for number in range(store.count):
         data = store.segment(number)
         if data is None:
             return None
-        found.update(data)
-    return f"{algorithm}:{found.hexdigest()}"
+        hasher.update(data)
+    return f"{algorithm}:{hasher.hexdigest()}"
 
 
 def keep_verified(
     folder: PrivateDirectory, name: str, fd: int, size: int, about: dict[str, Any]
 ) -> None:
-    """Put a file, whose digest its caller has checked, among the verified blobs: the very file where it
-    lies on the same file system, else a copy.  Blocks; raises OSError, with nothing left."""
+    """Store a file as a verified blob; the caller has checked its digest.  Links the file if possible,
+    else copies it.  Blocks.  Raises OSError, and leaves no files then."""
     checksum = checksum_function()
     new = f".{name}"
     try:
-        unlink_pair(folder, new)  # of a process that died
+        unlink_pair(folder, new)  # left by a process that died
         linked = _linked(fd, folder, f"{new}.data")
         with (
             open(folder.open_file(f"{new}.data", os.O_RDWR | os.O_CREAT), "r+b", 0) as data_file,
@@ -451,7 +454,7 @@ def keep_verified(
 
 
 def _linked(fd: int, folder: PrivateDirectory, name: str) -> bool:
-    """Give an open file a name in a directory, where that can be done."""
+    """Link an open file into a directory; False if that is not possible."""
     try:
         os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=folder.fd, follow_symlinks=True)
     except OSError:
