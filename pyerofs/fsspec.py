@@ -1,8 +1,8 @@
 """An fsspec file system: ``fsspec.open("erofs://etc/os-release", fo="system.erofs")``.
 
-Registered by entry point under ``erofs``; needs the extra ``pyerofs[fsspec]``.  Like fsspec's own
-archive file systems it takes the image as ``fo``: a path, a URL of any other fsspec file system, or
-an open binary file; chained URLs work too: ``erofs://etc/os-release::https://host/system.erofs``.
+Registered under the entry point ``erofs``; needs the extra ``pyerofs[fsspec]``.  Like fsspec's own
+archive file systems, it takes the image as ``fo``: a path, a URL of another fsspec file system, or an
+open binary file.  Chained URLs work, too: ``erofs://etc/os-release::https://host/system.erofs``.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ErofsFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
             self._opened.close()
 
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
-        """fsspec's description of one path."""
+        """fsspec's description of a path; does not follow a link at its end."""
         path = self._strip_protocol(path).strip("/")
         return self._describe(path, self._image.lookup(path, follow_symlinks=False))
 
@@ -86,7 +86,7 @@ class ErofsFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
         return self._describe(f"{parent}/{entry.name}".lstrip("/"), entry.inode)
 
     def _describe(self, path: str, inode: Inode) -> dict[str, Any]:
-        found: dict[str, Any] = {
+        description: dict[str, Any] = {
             "name": path,
             "size": inode.size if inode.is_file else 0,
             "type": "directory" if inode.is_dir else "file" if inode.is_file else "other",
@@ -98,9 +98,9 @@ class ErofsFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
             "nlink": inode.nlink,
         }
         if inode.is_symlink:
-            found |= {"type": "link", "islink": True}
-            found["destination"] = self._image.readlink(inode)
-        return found
+            description |= {"type": "link", "islink": True}
+            description["destination"] = self._image.readlink(inode)
+        return description
 
     def exists(self, path: str, **kwargs: Any) -> bool:
         return self._image.exists(self._strip_protocol(path))
@@ -113,7 +113,7 @@ class ErofsFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         if mode != "rb":
-            raise ValueError(f"images are read-only: mode {mode!r}")
+            raise ValueError(f"mode {mode!r}: images are read-only, use 'rb'")
         inode = self._image.lookup(self._strip_protocol(path))
         return _File(ErofsFile(self._image, inode))
 

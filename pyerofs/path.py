@@ -53,7 +53,7 @@ class Path:
         return self.joinpath(name)
 
     def joinpath(self, *names: str) -> Path:
-        """This path followed by others; an absolute one restarts at the image's root."""
+        """This path followed by others; an absolute one starts again at the image's root."""
         return Path(self.image, posixpath.join(self._path, *names))
 
     @property
@@ -68,7 +68,7 @@ class Path:
 
     @property
     def suffix(self) -> str:
-        """The last component's extension, with its dot."""
+        """The last component's suffix, with its dot."""
         return posixpath.splitext(self.name)[1]
 
     @property
@@ -83,13 +83,13 @@ class Path:
 
     @property
     def parents(self) -> tuple[Path, ...]:
-        """All ancestors, the nearest first."""
-        found = []
+        """All ancestors, nearest first."""
+        ancestors = []
         here = self
         while here._path != "/":
             here = here.parent
-            found.append(here)
-        return tuple(found)
+            ancestors.append(here)
+        return tuple(ancestors)
 
     def relative_to(self, other: Path) -> str:
         """This path relative to ``other``.  Raises ValueError if ``other`` is no ancestor."""
@@ -172,19 +172,19 @@ class Path:
         return Path(self.image, "/".join(here))
 
     def xattrs(self) -> dict[str, bytes]:
-        """All extended attributes."""
+        """All extended attributes of the inode at this path; follows a link."""
         return self.image.xattrs(self._path)
 
     # directories ------------------------------------------------------------------------
 
     def iterdir(self) -> Iterator[Path]:
-        """The entries of a directory."""
+        """The paths of a directory's entries."""
         return (self / entry.name for entry in self.image.scandir(self._path))
 
     def glob(self, pattern: str) -> Iterator[Path]:
-        """The paths below this one that match, sorted by directory; ``**`` is any depth.
-
-        Links to directories are matched but not entered by ``**``."""
+        """The paths below this one that match ``pattern``, sorted by directory.  ``**`` matches any
+        depth, and does not follow links to directories.  Raises ValueError unless the pattern is
+        relative and not empty."""
         parts = [p for p in pattern.split("/") if p]
         if not parts or pattern.startswith("/"):
             raise ValueError(f"not a relative pattern: {pattern!r}")
@@ -235,18 +235,19 @@ class Path:
         errors: str | None = None,
         newline: str | None = None,
     ) -> IO[Any]:
-        """Open for reading, as text (``"r"``) or bytes (``"rb"``).  Raises ValueError otherwise."""
+        """Open for reading, as text (``"r"``) or bytes (``"rb"``).  Raises ValueError for other
+        modes."""
         if set(mode) - set("rbt") or mode.count("r") != 1 or ("b" in mode and "t" in mode):
-            raise ValueError(f"images are read-only: mode {mode!r}")
+            raise ValueError(f"mode {mode!r}: images are read-only, use 'r' or 'rb'")
         file = self.image.open(self._path)
         if "b" in mode:
             return file
         return io.TextIOWrapper(file, encoding or "utf-8", errors, newline)
 
     def read_bytes(self) -> bytes:
-        """All of a file."""
+        """The whole content of a file."""
         return self.image.read(self._path)
 
     def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
-        """All of a file as text (UTF-8 by default)."""
+        """The whole content of a file as text (UTF-8 by default)."""
         return self.read_bytes().decode(encoding or "utf-8", errors or "strict")

@@ -21,21 +21,23 @@ from pyerofs.sources.base import SEGMENT_BITS, AsyncSource
 
 log = logging.getLogger("pyerofs")
 
-MIN_BUDGET = 64  # pieces of 1 MiB to fetch for metadata, at most …
-BUDGET_SHARE = 8  # … or an eighth of the image, if more: some images scatter metadata everywhere
+# metadata is prefetched from at most this many segments of 1 MiB, or from this share (an eighth) of
+# the image, if that is more: some images scatter metadata everywhere
+MIN_BUDGET = 64
+BUDGET_SHARE = 8
 CACHE_SIZE = 8 << 20  # bytes of memory for walking an image in ``prefetch_metadata_of``
 
 
 async def prefetch_metadata(image: AsyncImage) -> None:
-    """Have inodes and directories fetched, those near the root first.  Waits for the directories
-    that it walks through.  Logs errors."""
+    """Prefetch inodes and directories, those near the root first.  Waits for the directories that it
+    walks.  Logs errors."""
     try:
         metabox = image.volume.metabox
         if metabox is not None:
             await image.will_need(metabox, 0, metabox.size)
         await _walk(image)
     except ErofsError as e:
-        log.warning("prefetching stops: %s", e)
+        log.warning("stopped prefetching metadata: %s", e)
 
 
 async def prefetch_metadata_of(sources: Sequence[AsyncSource]) -> None:
@@ -49,7 +51,7 @@ async def prefetch_metadata_of(sources: Sequence[AsyncSource]) -> None:
             await image.start()
             await prefetch_metadata(image)
         except ErofsError as e:
-            log.info("not prefetched: %s", e)
+            log.info("no metadata is prefetched: %s", e)
         nursery.cancel_scope.cancel()
 
 
@@ -67,9 +69,9 @@ async def _walk(image: AsyncImage) -> None:
             index += 1
             for entry in entries:
                 device, offset = image.volume.inode_position(entry.nid)
-                piece = offset >> SEGMENT_BITS
-                if device != METABOX and piece not in hinted:
-                    hinted.add(piece)
+                segment = offset >> SEGMENT_BITS
+                if device != METABOX and segment not in hinted:
+                    hinted.add(segment)
                     image.inode_needed(entry.nid)
                 if entry.file_type == FT_DIR and entry.nid not in seen:
                     seen.add(entry.nid)
@@ -81,7 +83,7 @@ async def _walk(image: AsyncImage) -> None:
 
 
 async def prefetch_paths(image: AsyncImage, paths: Iterable[str]) -> None:
-    """Have the data of files fetched, in this order.  Paths that fail are logged and skipped."""
+    """Prefetch the data of files, in this order.  A path that fails is logged and skipped."""
     for path in paths:
         try:
             inode = await image.lookup(path)
@@ -95,15 +97,15 @@ async def paths_of(image: AsyncImage, nids: Collection[int]) -> list[str]:
     """A path of each inode, in the order of ``nids``; inodes not in the tree are left out.  Walks
     the tree.  Raises ErofsError."""
     wanted = set(nids)
-    found: dict[int, str] = {}
+    paths: dict[int, str] = {}
     trail = tree.Trail(image.root)
-    while len(found) < len(wanted) and (step := trail.next()) is not None:
+    while len(paths) < len(wanted) and (step := trail.next()) is not None:
         place, here = step
         directories: list[tuple[bytes, Inode]] = []
         async for entry in image.scandir(here):
             if entry.nid in wanted:
-                found.setdefault(entry.nid, "/" + tree.decode(place.path(entry.name)))
+                paths.setdefault(entry.nid, "/" + tree.decode(place.path(entry.name)))
             if entry.file_type == FT_DIR:
                 directories.append((entry.name, await image.inode(entry.nid)))
         trail.enter(directories)
-    return [found[nid] for nid in nids if nid in found]
+    return [paths[nid] for nid in nids if nid in paths]

@@ -1,15 +1,16 @@
-"""The two protocols that every source of bytes follows, and their contract.
+"""The two interfaces for sources of bytes, and their contract.
 
 - Ranges are half open: ``read_at(offset, length)`` is about ``[offset, offset + length)``.
 - ``read_at`` returns exactly ``length`` bytes or raises; there is no cursor; calls may run
   concurrently, from any thread (``Source``) or task (``AsyncSource``).
-- ``peek`` never blocks: the bytes if they are in memory already, otherwise None.  It may always
-  answer None, and it answers None rather than report an error.
+- ``peek`` never blocks and never raises: it returns the bytes if they are in memory already, else
+  None.  It may always return None.
 - ``size`` is known from the start and does not change.
 
-A ``Source`` is a protocol: any object with these members will do, and two more that are asked for by
-``hint`` and ``data_from``.  An ``AsyncSource`` is a base class: five members make one, capabilities
-have defaults, and a ``Wrapper`` overrides what it changes.  tests/contract.py is what each one proves.
+A ``Source`` is a protocol: any object with its members will do.  The functions ``hint`` and
+``data_from`` call two optional members.  An ``AsyncSource`` is a base class: a subclass needs five
+members, and capabilities have defaults; a ``Wrapper`` overrides what it changes.  tests/contract.py
+checks the contract.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 MAX_BLOB = 1 << 44  # bytes: what ext4 holds in a file; a larger claim is a mistake or an attack
-# what is fetched, kept and checked as one: requests cost far more than bytes, 64 of 32 KiB take 40
+# the unit of fetching, storing and checking.  Requests cost far more than bytes: 64 of 32 KiB take 40
 # times as long as one of 2 MiB
 SEGMENT_BITS = 20
 SEGMENT = 1 << SEGMENT_BITS
-QUICK_NS = 300_000  # nanoseconds: an SSD's answer; going through a thread costs a third of that
+QUICK_NS = 300_000  # nanoseconds in which an SSD answers; handing a read to a thread costs a third
 
 
 class NoRoom(SourceError):
@@ -42,77 +43,78 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """How messages call this source: a path, a URL.  Never holds a secret."""
+        """The source's name in messages, such as a path or a URL.  Holds no secret."""
 
     @property
     def size(self) -> int:
-        """Bytes in all."""
+        """The number of bytes."""
 
     def peek(self, offset: int, length: int) -> Buffer | None:
-        """The bytes if they can be had without blocking."""
+        """The bytes of a range if that needs no blocking; else None."""
 
     def read_at(self, offset: int, length: int) -> Buffer:
         """Exactly ``length`` bytes; blocks.  Raises SourceError."""
 
     @property
     def backing(self) -> tuple[int, int] | None:
-        """(descriptor, offset): a file whose bytes from there on are this source's, for sendfile and
-        SEEK_DATA; None where the bytes come from elsewhere or have to be looked at first."""
+        """(descriptor, offset) of a file whose bytes from that offset on are this source's, for
+        sendfile and SEEK_DATA; None if the bytes come from elsewhere or must be checked first."""
 
     def close(self) -> None:
-        """Release what is held.  Idempotent; reads afterwards raise."""
+        """Release all resources.  Idempotent; later reads raise."""
 
 
 class Verifiable(Protocol):
-    """Bytes that are claimed until a digest of all of them was checked."""
+    """Bytes that are claimed until their digest is checked."""
 
     @property
     def digest(self) -> str | None:
-        """What all bytes together have to be; None where nothing says so."""
+        """The digest that all bytes together must have; None if none is known."""
 
     @property
     def verified(self) -> bool:
-        """Whether what is read is known to be what the digest says."""
+        """Whether the bytes are known to match the digest."""
 
     @property
     def whole(self) -> bool:
-        """Whether all of it has been fetched."""
+        """Whether all bytes are known to have been fetched."""
 
     async def verify(self, progress: Callable[[str, int, int], None] | None = None) -> None:
-        """Fetch what is missing, and check the digest.  ``progress``: as in ``Access``.
+        """Fetch the missing bytes, and check the digest.  ``progress``: as in ``Access``.
 
-        Raises IntegrityError where it is wrong, SourceError where bytes can't be had."""
+        Raises IntegrityError if the bytes do not match the digest, SourceError if they can't be
+        fetched."""
 
 
 @runtime_checkable
 class VerifiableSource(Protocol):
-    """The same for threads."""
+    """The same as Verifiable, for threads."""
 
     @property
     def verified(self) -> bool:
-        """Whether what is read is known to be what the digest says."""
+        """Whether the bytes are known to match the digest."""
 
     @property
     def whole(self) -> bool:
-        """Whether all of it has been fetched."""
+        """Whether all bytes are known to have been fetched."""
 
     def verify(self) -> None:
-        """Fetch what is missing, and check the digest.  Blocks; raises SourceError."""
+        """Fetch the missing bytes, and check the digest.  Blocks.  Raises SourceError."""
 
 
 class Hinted:
-    """Capability: a source that can be told what will be read."""
+    """Capability: a source that takes hints of later reads."""
 
     def will_need(self, offset: int, length: int) -> None:
         """A hint that a range is wanted soon.  Never blocks or raises; does nothing by default."""
 
 
 class Near:
-    """Capability: bytes that this machine has."""
+    """Capability: bytes that are on this machine."""
 
     @property
     def blocking(self) -> Source | None:
-        """The same bytes for worker threads, where that costs nothing; else None."""
+        """The same bytes as a Source for worker threads, if it exists already; else None."""
         return None
 
     @property
@@ -122,40 +124,40 @@ class Near:
 
     @property
     def quick(self) -> bool:
-        """Whether ``blocking`` has lately answered within QUICK_NS, so that an event loop which has
-        nothing else to do may as well wait for it."""
+        """Whether reads of ``blocking`` have lately taken less than QUICK_NS, so that an idle event
+        loop may call it without a thread."""
         return False
 
 
 class Fetched:
-    """Capability: bytes that came from elsewhere."""
+    """Capability: bytes that came from a server or an OCI layout."""
 
     @property
     def pinned(self) -> SourceSpec | None:
-        """A spec that names exactly these bytes, by digest; None where there is none."""
+        """A spec that names exactly these bytes, by digest; None if there is none."""
         return None
 
     @property
     def verifiable(self) -> Verifiable | None:
-        """What can check these bytes by a digest of all of them; None where there is no digest."""
+        """The object that checks the digest of these bytes; None if they have no digest."""
         return None
 
     async def forget(self, offset: int, length: int) -> bool:
-        """Drop what a cache holds of a range: its bytes were found to be wrong.  True if reading it
-        again may bring other bytes."""
+        """Drop the cached bytes of a range, which were found wrong.  True if reading the range again
+        may bring other bytes."""
         return False
 
 
 class AsyncSource(Hinted, Near, Fetched, ABC):
-    """Bytes to be read by trio tasks.  Derive from it: what a kind of source can't do besides reading
-    has its answer here."""
+    """Bytes to be read by trio tasks.  Derive from it and override the capabilities that the source
+    has; the defaults are for a source without them."""
 
-    name: str  # how messages call this source; never holds a secret
-    size: int  # bytes in all
+    name: str  # the source's name in messages; holds no secret
+    size: int  # bytes
 
     @abstractmethod
     def peek(self, offset: int, length: int) -> Buffer | None:
-        """The bytes if they can be had without waiting.  May be called from any thread."""
+        """The bytes of a range if that needs no waiting; else None.  May be called from any thread."""
 
     @abstractmethod
     async def read_at(self, offset: int, length: int) -> Buffer:
@@ -163,15 +165,17 @@ class AsyncSource(Hinted, Near, Fetched, ABC):
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Release what is held.  Idempotent."""
+        """Release all resources.  Idempotent."""
 
     def status(self) -> dict[str, Any]:
-        """For people: ``name`` and ``size``; far sources add what was fetched and cached."""
+        """The status for ``pyerofs mounts``: ``name`` and ``size``; remote sources add what was fetched
+        and cached."""
         return {"name": self.name, "size": self.size}
 
 
 class Wrapper(AsyncSource):
-    """A source that shows another one, which it owns.  What is not overridden is the other one's."""
+    """An AsyncSource over another one, which it owns.  Members that a subclass does not override are
+    those of the other source."""
 
     def __init__(self, inner: AsyncSource) -> None:
         self.name = inner.name
@@ -225,8 +229,8 @@ def hint(source: Source, offset: int, length: int) -> None:
 
 
 def data_from(source: Source, offset: int) -> int:
-    """Where a blocking source has its next bytes that may be other than zeros, from ``offset`` on;
-    ``offset`` itself where the source has no ``data_from``."""
+    """The first offset, from ``offset`` on, at which a blocking source may have bytes other than zeros;
+    ``offset`` itself if the source has no ``data_from``."""
     look = getattr(source, "data_from", None)
     return offset if look is None else int(look(offset))
 
@@ -240,5 +244,5 @@ def check_range(name: str, size: int, offset: int, length: int) -> None:
     """Raise TruncatedRead unless a range lies within ``size`` bytes."""
     if not within(size, offset, length):
         raise TruncatedRead(
-            f"{name}: bytes {offset}..{offset + length} asked for, but it ends at {size}"
+            f"{name}: bytes {offset}..{offset + length} requested, but the source ends at {size}"
         )

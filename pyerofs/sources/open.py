@@ -1,4 +1,4 @@
-"""The one place that turns what a user names into sources."""
+"""Open what a user names, as sources."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Openable: TypeAlias = str | os.PathLike[str] | BinaryIO | Source | SourceSpec
 
 
 def open_source(what: Openable, access: Access | None = None) -> Source:
-    """A source for a path, a URL, a reference, a seekable binary file object, or a source itself.  An
-    Android sparse image on this machine is shown as what it stands for.
+    """Open a path, a URL, a reference or a seekable binary file object as a source; a source is
+    returned unchanged.  An Android sparse image on this machine reads as the image that it encodes.
 
-    Raises SourceError."""
+    Blocks.  Raises SourceError."""
     spec = _far(what)
     if spec is not None:
         from pyerofs.sources.portal import open_blocking
@@ -44,8 +44,8 @@ def open_source(what: Openable, access: Access | None = None) -> Source:
 def open_sources(
     what: Openable, offset: int, devices: Sequence[Openable], access: Access | None = None
 ) -> list[Source]:
-    """The primary device, from ``offset`` on, and the extra ones.  Raises SourceError, with none
-    left open."""
+    """Open the image, from ``offset`` on, and its extra devices; returns them in this order.  Blocks.
+    Raises SourceError, with none left open."""
     opened: list[Source] = []
     try:
         for item in named(what, offset, devices):  # one by one: those before a failure are closed
@@ -58,8 +58,8 @@ def open_sources(
 
 
 async def open_async(spec: SourceSpec, access: Access, nursery: trio.Nursery) -> list[AsyncSource]:
-    """The image that a spec names, and its devices.  ``nursery`` runs what fetches in the
-    background; cancel it before the sources are closed.
+    """Open the image that a spec names, and its devices.  ``nursery`` runs the tasks that fetch in the
+    background; cancel it before closing the sources.
 
     Raises SourceError, with none left open."""
     opened: list[AsyncSource] = []
@@ -77,7 +77,7 @@ async def open_async(spec: SourceSpec, access: Access, nursery: trio.Nursery) ->
 
 
 async def open_one(what: Openable, access: Access, nursery: trio.Nursery) -> AsyncSource:
-    """An asynchronous source for one image or device (without the devices of a spec)."""
+    """Open one image or device (without the devices of a spec).  Raises SourceError."""
     from pyerofs.sources.local.threaded import ThreadedSource
 
     spec = _far(what)
@@ -107,12 +107,12 @@ async def open_one(what: Openable, access: Access, nursery: trio.Nursery) -> Asy
 
 
 def named(what: Openable, offset: int, devices: Sequence[Openable]) -> list[Openable]:
-    """The image, from its offset on, and its devices, as separate things to open.
+    """The image, from its offset on, and its devices, to be opened one by one.
 
-    Raises SourceError; ValueError where a spec has what is given beside it."""
+    Raises SourceError; ValueError if ``offset`` or ``devices`` are given beside a SourceSpec."""
     if isinstance(what, SourceSpec):
         if offset or devices:
-            raise ValueError("a SourceSpec holds its offset and devices itself")
+            raise ValueError("offset and devices have to be fields of the SourceSpec")
         return [replace(what, devices=()), *what.devices]
     if (spec := _far(what)) is not None:
         what = replace(spec, offset=offset)
@@ -122,7 +122,8 @@ def named(what: Openable, offset: int, devices: Sequence[Openable]) -> list[Open
 
 
 def _file(path: str | os.PathLike[str]) -> Source:
-    """A file on this machine.  Raises SourceError, which says so where it looks like a reference."""
+    """Open a file on this machine.  Raises SourceError, with a hint if the path looks like an image
+    reference."""
     try:
         return unsparsed(FileSource(path))
     except SourceNotFound as e:
@@ -134,7 +135,7 @@ def _file(path: str | os.PathLike[str]) -> Source:
 
 
 def _looks_like_reference(text: str) -> bool:
-    """``HOST[:PORT]/NAME[:TAG]``, and no path that somebody would write."""
+    """Whether a path has the form ``HOST[:PORT]/NAME[:TAG]``."""
     host, slash, _ = text.partition("/")
     if not slash or host.startswith(".") or not ("." in host or ":" in host or host == "localhost"):
         return False
@@ -148,7 +149,7 @@ def _looks_like_reference(text: str) -> bool:
 
 
 def _slice(source: Source, offset: int) -> Source:
-    """A source from ``offset`` on.  Raises SourceError, with nothing left open."""
+    """A source from ``offset`` on.  Raises SourceError, after closing the source."""
     try:
         return SliceSource(source, offset)
     except BaseException:
@@ -157,19 +158,19 @@ def _slice(source: Source, offset: int) -> Source:
 
 
 def pinned_spec(spec: SourceSpec, sources: Sequence[AsyncSource]) -> SourceSpec:
-    """A spec for the very bytes that were opened, whatever a tag will lead to later."""
+    """A spec of exactly the bytes that were opened, with digests in place of tags."""
     primary, *devices = (source.pinned for source in sources)
-    found = tuple(p or d for p, d in zip(devices, spec.devices, strict=True))
-    return replace(primary or spec, devices=found)
+    pinned = tuple(p or d for p, d in zip(devices, spec.devices, strict=True))
+    return replace(primary or spec, devices=pinned)
 
 
 def is_near(spec: SourceSpec) -> bool:
-    """Whether an image and its devices are plain files on this machine."""
+    """Whether an image and its devices are plain files on this machine, without dm-verity."""
     return all(_far(item) is None for item in (spec, *spec.devices))
 
 
 def _far(what: Openable) -> SourceSpec | None:
-    """The spec of something that takes more than opening a file."""
+    """The spec of a source that needs a network, an OCI layout or dm-verity; None for others."""
     if isinstance(what, SourceSpec):
         near = not (what.is_remote or what.is_layout) and what.verity is None
         return None if near else what

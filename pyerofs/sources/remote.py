@@ -1,5 +1,5 @@
-"""From a SourceSpec that is not a local file to an AsyncSource: what to ask, what is known from last
-time, where to keep it."""
+"""Open a SourceSpec that is not a local file as an AsyncSource: which server to ask, what the cache
+has from an earlier time, and where to store fetched bytes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ log = logging.getLogger("pyerofs")
 
 
 async def open_remote(spec: SourceSpec, access: Access, nursery: trio.Nursery) -> AsyncSource:
-    """A URL, a registry's layer or an OCI layout's, from its first byte.  Raises SourceError."""
+    """Open a URL, or a layer of a registry or an OCI layout; ignores ``spec.offset`` and
+    ``spec.devices``.  Raises SourceError."""
     cache = await trio.to_thread.run_sync(_cache, access)
     opener = _open_layout if spec.is_layout else _open_far
     try:
@@ -64,11 +65,12 @@ async def open_remote(spec: SourceSpec, access: Access, nursery: trio.Nursery) -
 
 
 async def _verify(source: AsyncSource, access: Access) -> None:
-    """Check the digest of a source before any of its bytes is used.  Raises SourceError."""
+    """Check the whole source against its digest.  Raises SourceError."""
     digested = source.verifiable
     if digested is None:
         raise SourceError(
-            f"{source.name}: --verify: there is no digest to check it by (dm-verity has one)"
+            f"{source.name}: --verify needs a digest, and this source has none"
+            " (--verity-root-hash checks every read)"
         )
     await digested.verify(access.progress)
 
@@ -90,7 +92,8 @@ async def _open_far(
 
 
 def _cache(access: Access) -> CacheDir | None:
-    """The cache directory; None where there is to be none, or there can't be."""
+    """The cache directory; None with --no-cache, or if the directory can't be used and the user did
+    not name it, or its disk is full.  Raises SourceError."""
     if not access.cache:
         return None
     try:
@@ -98,7 +101,7 @@ def _cache(access: Access) -> CacheDir | None:
     except SourceError as e:
         if access.cache_dir is not None and not isinstance(e, NoRoom):
             raise
-        log.warning("%s; going on without a cache", e)
+        log.warning("%s; continuing without a cache", e)
         return None
 
 
@@ -122,11 +125,12 @@ async def _evict(cache: CacheDir) -> None:
     try:
         await trio.to_thread.run_sync(cache.evict)
     except OSError as e:
-        log.warning("%s: can't be looked after: %s", cache.path, e.strerror)
+        log.warning("%s: can't evict blobs from the cache: %s", cache.path, e.strerror)
 
 
 def _most(access: Access) -> int:
-    """How large something may be that can only be fetched whole, and has to be kept for that."""
+    """The most bytes that a blob may have if its server can only send it whole, since all of it has to
+    be stored then."""
     return access.cache_limit if access.cache else MEMORY_SEGMENTS * SEGMENT
 
 
@@ -144,21 +148,21 @@ async def _open_http(
     if spec.username is not None:
         if spec.what.startswith("http:") and not spec.insecure:
             raise SourceError(
-                f"{spec.name}: the password would be sent in clear text; --insecure allows that"
+                f"{spec.name}: the password would be sent in clear text (--insecure allows that)"
             )
         authority = BasicAuthority(Credentials(spec.username, access.password or ""))
     target = Target(spec.what)
-    claimant = origin_of(spec, spec.what)
+    origin = origin_of(spec, spec.what)
     known = None
     if cache is not None:
-        known = await trio.to_thread.run_sync(_known, cache, claimant, spec.what)
+        known = await trio.to_thread.run_sync(_known, cache, origin, spec.what)
     try:
         attempts, timeout = patience(access, known is not None)
         found = await discover(transport, target, authority, timeout, attempts)
     except Transient as e:
         if known is None:
             raise
-        log.warning("%s; going on with what is in the cache", e)
+        log.warning("%s; continuing with cached data", e)
         found = known
     version = found.version
     if version is None or not (found.ranged or (cache is not None and version.identified)):
@@ -167,9 +171,9 @@ async def _open_http(
         raise SourceError(whole_is_too_large(spec.name, version.size))
     if cache is not None and version.identified:
         what = "\n".join((version.etag or "", version.modified or ""))
-        store = await trio.to_thread.run_sync(cache.blob, claimant, what, version.size, spec.name)
+        store = await trio.to_thread.run_sync(cache.blob, origin, what, version.size, spec.name)
         answer = {"size": version.size, "etag": version.etag, "modified": version.modified}
-        await trio.to_thread.run_sync(cache.keep_answer, claimant, spec.what, answer)
+        await trio.to_thread.run_sync(cache.keep_answer, origin, spec.what, answer)
     else:
         store = BlobStore(spec.name, version.size, None)
 
@@ -185,9 +189,9 @@ async def _open_http(
     return source
 
 
-def _known(cache: CacheDir, claimant: Origin, url: str) -> Found | None:
-    """What was found when the URL was opened last."""
-    answer = cache.answer(claimant, url) or {}
+def _known(cache: CacheDir, origin: Origin, url: str) -> Found | None:
+    """The server's answer when the URL was last opened; None if none is cached."""
+    answer = cache.answer(origin, url) or {}
     size, etag, modified = answer.get("size"), answer.get("etag"), answer.get("modified")
     if type(size) is not int or not 0 < size <= MAX_BLOB:
         return None
@@ -203,8 +207,8 @@ async def _download(
     access: Access,
     cache: CacheDir | None,
 ) -> AsyncSource:
-    """Read it all, from a server that can't do ranges, into a file that nobody else sees."""
-    log.info("%s: the server sends no parts, so all of it is fetched first", target.shown)
+    """Fetch a whole blob, from a server without ranges or versions, into a file without a name."""
+    log.info("%s: the server can't send ranges, so the whole file is fetched first", target.shown)
     fd = temporary_file(cache)
     try:
         await download(
@@ -217,7 +221,7 @@ async def _download(
         os.close(fd)
         if cache is None:
             raise
-        log.warning("%s; trying where temporary files go", e)
+        log.warning("%s; trying the directory for temporary files", e)
         return await _download(target, authority, transport, access, None)
     except BaseException:
         os.close(fd)
@@ -237,8 +241,8 @@ async def _open_registry(
     cache: CacheDir | None,
 ) -> AsyncSource:
     reference = parse_reference(spec.what.removeprefix(OCI))
-    claimant = origin_of(spec, f"{reference.server}/{reference.repository}")
-    registry = Registry(transport, reference, spec, access, cache, claimant)
+    origin = origin_of(spec, f"{reference.server}/{reference.repository}")
+    registry = Registry(transport, reference, spec, access, cache, origin)
     wanted = None if spec.blob is None else parse_digest(spec.blob)
     chosen = await resolve(
         registry.document, str(reference), platform=spec.platform, layer=spec.layer, blob=wanted
@@ -262,7 +266,7 @@ async def _open_registry(
     blob = await registry.blob(digest, size, f"{place}@{digest}", most)
     if cache is not None:
         store = await trio.to_thread.run_sync(
-            cache.blob, claimant, digest, blob.size, blob.name, digest
+            cache.blob, origin, digest, blob.size, blob.name, digest
         )
     else:
         store = BlobStore(blob.name, blob.size, digest)
@@ -285,7 +289,9 @@ async def _open_layout(
     file = FileSource(layout.path(digest), name=f"{layout.name}, {digest}")
     if chosen.layer is not None and file.size != chosen.layer.size:
         file.close()
-        raise IntegrityError(f"{file.name}: has {file.size} bytes, not {chosen.layer.size}")
+        raise IntegrityError(
+            f"{file.name}: has {file.size} bytes, but its manifest says {chosen.layer.size}"
+        )
     if chosen.layer is None or not chosen.layer.is_zstd:
         return DigestedSource(file, digest)
     blob = _LocalBlob(file)
@@ -293,7 +299,7 @@ async def _open_layout(
 
 
 class _LocalBlob:
-    """A file as something to be streamed.  Implements ``fetcher.Remote``."""
+    """A local file that can be streamed.  Implements ``fetcher.Remote``."""
 
     ranged = True
 
@@ -328,7 +334,7 @@ async def _open_zstd(
     cache: CacheDir | None,
     pinned: SourceSpec | None,
 ) -> AsyncSource:
-    """A layer that is a zstd stream: unpacked into the cache first, unless it is there already."""
+    """Open a layer that is a zstd stream.  Unpacks it into the cache, unless the cache has it."""
     key = diff_id or f"unpacked-{layer.digest}"
     while cache is not None:
         store = await trio.to_thread.run_sync(cache.whole, key, blob.name)
@@ -341,7 +347,7 @@ async def _open_zstd(
                 try:
                     await trio.to_thread.run_sync(cache.keep, key, fd, size, blob.name)
                 except SourceError as e:
-                    log.warning("%s; going on without the cache", e)
+                    log.warning("%s; continuing without the cache", e)
                     await blob.aclose()
                     return DigestedSource(
                         FileSource(os.dup(fd), name=blob.name), layer.digest, verified=True
@@ -349,7 +355,7 @@ async def _open_zstd(
                 finally:
                     os.close(fd)
         if not alone:
-            await trio.sleep(0.2)  # another process is unpacking it
+            await trio.sleep(0.2)  # another process is unpacking the layer
     fd, _ = await unpack(blob, layer, diff_id, None, access)
     await blob.aclose()
     return DigestedSource(FileSource(fd, name=blob.name), layer.digest, verified=True)
@@ -358,16 +364,22 @@ async def _open_zstd(
 async def _unpacked(
     layer: Descriptor, diff_id: str | None, blob: Remote, access: Access, cache: CacheDir
 ) -> tuple[int, int]:
-    """A layer as a file without a name: in the cache, or elsewhere where that has no room."""
+    """Unpack a layer into a file without a name, in the directory for temporary files if the cache has
+    no room.  Returns (descriptor, size in bytes)."""
     try:
         return await unpack(blob, layer, diff_id, cache, access)
     except NoRoom:
-        log.info("%s: no room to unpack %s there", cache.path, blob.name)
+        log.info(
+            "%s: no room to unpack %s; trying the directory for temporary files",
+            cache.path,
+            blob.name,
+        )
         return await unpack(blob, layer, diff_id, None, access)
 
 
 class _Unpacked:
-    """Stands for a layer that can't be fetched in parts.  Implements ``fetcher.Remote``."""
+    """Stands for the server of a layer that can't be fetched in parts.  Implements
+    ``fetcher.Remote``."""
 
     ranged = True
 
@@ -381,7 +393,7 @@ class _Unpacked:
     ) -> AsyncGenerator[tuple[int, bytes], None]:
         if start < end:
             raise IntegrityError(
-                f"{self.name}: what the cache holds at {start} is damaged; open it again"
+                f"{self.name}: the cached data at offset {start} is damaged; open the image again"
             )
         yield start, b""  # makes it a generator
 

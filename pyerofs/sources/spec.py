@@ -1,8 +1,8 @@
-"""What the user named, as values: ``SourceSpec`` (what it is; no secrets, fit for a file) and
-``Access`` (how to get at it; never written anywhere).
+"""What the user named, as values: ``SourceSpec`` says which source (it has no secrets and may be
+written to a file), ``Access`` how to read it (it is never written to a file).
 
-All commands, their ``-o`` words, the library and recovery files go through here, so the same words
-mean the same everywhere.
+All commands, their ``-o`` options, the library and recovery files use this module, so an option means
+the same everywhere.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ LAYOUT = "oci-layout:"
 
 @dataclass(frozen=True, slots=True)
 class VeritySpec:
-    """A dm-verity tree over a source.  Offsets and sizes are bytes; ``root_hash`` and ``salt`` hex.
+    """A dm-verity hash tree over a source.  Offsets and sizes are in bytes; ``root_hash`` and ``salt``
+    in hex.
 
-    Either ``hash_device`` names what holds the tree, or it lies in the source itself at
-    ``hash_offset``.  With ``superblock`` the rest is read from there."""
+    Either ``hash_device`` names the source that holds the tree, or the tree is in the checked source at
+    ``hash_offset``.  With ``superblock``, the fields after it come from the tree's superblock."""
 
     root_hash: str
     hash_offset: int | None = None
@@ -49,9 +50,8 @@ class VeritySpec:
 class SourceSpec:
     """One image (or extra device), as named by the user.
 
-    ``what`` is a path, an http(s) URL, ``oci://REFERENCE`` or
-    ``oci-layout:DIR[:TAG|@DIGEST]``.  ``layer`` (counted from 0) or ``blob`` (a digest) choose within
-    an OCI image."""
+    ``what`` is a path, an http(s) URL, ``oci://REFERENCE`` or ``oci-layout:DIR[:TAG|@DIGEST]``.
+    ``layer`` (counted from 0) or ``blob`` (a digest) chooses a layer of an OCI image."""
 
     what: str
     offset: int = 0
@@ -66,7 +66,7 @@ class SourceSpec:
 
     @property
     def name(self) -> str:
-        """How messages call it: a URL's query, which may hold a signature, is left out."""
+        """The name for messages: ``what`` without a URL's query, which may hold a signature."""
         return self.what.partition("?")[0] if self.is_http else self.what
 
     @property
@@ -83,11 +83,11 @@ class SourceSpec:
 
     @property
     def is_remote(self) -> bool:
-        """Whether it takes a network to read it."""
+        """Whether reading the source needs a network."""
         return self.is_http or self.is_registry
 
     def absolute(self) -> SourceSpec:
-        """The same with absolute paths, for those who leave the current directory."""
+        """The same with absolute paths, for processes that change their working directory."""
         verity = self.verity
         if verity is not None and verity.hash_device is not None:
             verity = replace(verity, hash_device=_absolute(verity.hash_device))
@@ -95,16 +95,16 @@ class SourceSpec:
         return replace(self, what=_absolute(self.what), devices=devices, verity=verity)
 
     def to_json(self) -> dict[str, Any]:
-        """What differs from the defaults, as plain values."""
+        """The fields that differ from their defaults, as JSON values."""
         blank = SourceSpec("")
-        found = {k: v for k, v in asdict(self).items() if k == "what" or v != getattr(blank, k)}
+        changed = {k: v for k, v in asdict(self).items() if k == "what" or v != getattr(blank, k)}
         if self.devices:
-            found["devices"] = [d.to_json() for d in self.devices]
-        return found
+            changed["devices"] = [d.to_json() for d in self.devices]
+        return changed
 
     @classmethod
     def from_json(cls, value: object) -> SourceSpec:
-        """The reverse of ``to_json``.  Raises SourceError where it is none."""
+        """The reverse of ``to_json``.  Raises SourceError if ``value`` does not describe a source."""
         try:
             given = dict(value)  # type: ignore[call-overload]
             devices = tuple(cls.from_json(d) for d in given.pop("devices", ()))
@@ -113,11 +113,12 @@ class SourceSpec:
                 verity = _checked(VeritySpec(**verity))
             return _checked(cls(**given, devices=devices, verity=verity))
         except (TypeError, ValueError) as e:
-            raise SourceError(f"this does not describe a source: {e}") from None
+            raise SourceError(f"not the description of a source: {e}") from None
 
 
 def _checked(record: T) -> T:
-    """Hold a record made from JSON to the types of its fields, as far as they are plain."""
+    """Check that the str, int and bool fields of a record made from JSON have these types.  Raises
+    ValueError."""
     kinds = {"str": str, "int": int, "bool": bool}
     for f in fields(record):  # type: ignore[arg-type]
         kind, _, optional = str(f.type).partition(" | ")
@@ -135,12 +136,13 @@ def _absolute(what: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How remote sources are got at.
+    """How to read remote sources.
 
-    ``timeout`` bounds, in seconds, each read with all its retries.  ``prefetch_rate`` bounds what is
-    fetched in the background, in bytes a second (None: as fast as it comes).  ``verify``: fetch all of
-    each blob and check its digest before any of it is used.  ``progress`` is called
-    with (what, bytes done, bytes in all or 0) while opening waits for a download."""
+    ``timeout`` bounds each read with all its retries, in seconds.  ``cache_limit`` is in bytes.
+    ``prefetch_rate`` bounds each task that fetches in the background, in bytes a second (None: no
+    bound).  ``verify``: fetch each whole blob and check its digest before any of its bytes is used.
+    ``progress`` is called with (what, bytes done, bytes in total or 0) while opening waits for a
+    download."""
 
     password: str | None = field(default=None, repr=False)
     timeout: float = DEFAULT_TIMEOUT
@@ -154,7 +156,8 @@ class Access:
 
 
 class Word(NamedTuple):
-    """One option: what its value is called (None for a switch), how it is read, what it does."""
+    """One option: the name of its value (None for a switch), the function that parses the value, and
+    the help text."""
 
     metavar: str | None
     read: Callable[[str], Any]
@@ -162,29 +165,29 @@ class Word(NamedTuple):
 
 
 def parse_spec(what: str, **options: Any) -> SourceSpec:
-    """A spec for what was typed.  ``options`` are other fields.
+    """The spec of a source as the user typed it.  ``options``: the other fields of the spec.
 
-    Raises SourceError where it can't be meant."""
+    Raises SourceError if the combination is not valid."""
     if what.startswith("oci-layout://"):
         raise SourceError(f"{what}: write oci-layout:DIR, with no slashes after the colon")
     if what.startswith(HTTP):
         authority = what.split("/", 3)[2]
         if "@" in authority:
             raise SourceError(
-                "a URL with a user name or password in it is visible to everyone on this machine;"
+                "a user name or password in a URL is visible to other users of this machine;"
                 " use --username and --password-file"
             )
     spec = SourceSpec(what, **options)
     if spec.layer is not None and spec.blob is not None:
         raise SourceError("--layer and --blob exclude each other")
     if (spec.layer, spec.blob) != (None, None) and not (spec.is_registry or spec.is_layout):
-        raise SourceError(f"{spec.name}: --layer and --blob are for OCI images")
+        raise SourceError(f"{spec.name}: --layer and --blob apply to OCI images only")
     if spec.verity is not None:
         naked = [d for d in spec.devices if d.verity is None]
         if naked:
             raise SourceError(
-                f"{naked[0].name}: the image is verified, so this device needs a"
-                " --verity-root-hash of its own (after its --device)"
+                f"{naked[0].name}: the image is checked by dm-verity, so this device needs its own"
+                " --verity-root-hash, after its --device"
             )
     return spec
 
@@ -210,11 +213,11 @@ def _hex(text: str) -> str:
 
 def _prefetch(text: str) -> str:
     if text not in PREFETCH:
-        raise ValueError(f"is one of {', '.join(PREFETCH)}")
+        raise ValueError(f"must be one of {', '.join(PREFETCH)}")
     return text
 
 
-# What belongs to the image or device that was named last, in the order of the command line.
+# Options for the image or device that was named last on the command line.
 _VERITY: Mapping[str, tuple[str, Word]] = {
     "verity-root-hash": (
         "root_hash",
@@ -222,51 +225,63 @@ _VERITY: Mapping[str, tuple[str, Word]] = {
     ),
     "verity-hash-offset": (
         "hash_offset",
-        Word("N", _whole, "the hash tree lies in the same source, at this byte"),
+        Word("N", _whole, "the hash tree is in the same source, at this byte"),
     ),
     "verity-hash-device": (
         "hash_device",
-        Word("SOURCE", str, "the hash tree is a file of its own"),
+        Word("SOURCE", str, "the hash tree is in this other source"),
     ),
     "verity-no-superblock": (
         "superblock",
         Word(None, lambda _: False, "the tree has no superblock; the next options describe it"),
     ),
-    "verity-algorithm": ("algorithm", Word("NAME", str, "sha256 (default), sha512 or sha1")),
-    "verity-salt": ("salt", Word("HEX", _hex, "none by default")),
-    "verity-data-block-size": ("data_block_size", Word("N", _whole, "4096 by default")),
-    "verity-hash-block-size": ("hash_block_size", Word("N", _whole, "4096 by default")),
-    "verity-data-blocks": ("data_blocks", Word("N", _whole, "how many blocks are covered")),
+    "verity-algorithm": (
+        "algorithm",
+        Word("NAME", str, "the hash: sha256 (default), sha512 or sha1"),
+    ),
+    "verity-salt": ("salt", Word("HEX", _hex, "the salt (default: none)")),
+    "verity-data-block-size": (
+        "data_block_size",
+        Word("N", _whole, "bytes in a data block (default 4096)"),
+    ),
+    "verity-hash-block-size": (
+        "hash_block_size",
+        Word("N", _whole, "bytes in a hash block (default 4096)"),
+    ),
+    "verity-data-blocks": (
+        "data_blocks",
+        Word("N", _whole, "how many data blocks the tree covers"),
+    ),
 }
 
 _SPEC: Mapping[str, Word] = {
     "offset": Word("N", _whole, "the image starts at this byte of its source"),
-    "device": Word("SOURCE", str, "an extra device of the image; repeat it, in order"),
+    "device": Word("SOURCE", str, "an extra device of the image; repeat for more, in order"),
     "platform": Word(
         "OS/ARCH[/VARIANT]", str, "which image of a multi-platform index (default: this machine's)"
     ),
     "layer": Word("N", _whole, "use this layer, counted from 0"),
     "blob": Word("DIGEST", str, "use the layer with this digest"),
-    "username": Word("NAME", str, "log in to the registry or server; the password is asked for"),
+    "username": Word("NAME", str, "log in to the registry or server; asks for the password"),
     "insecure": Word(None, lambda _: True, "allow plain http and unverified certificates"),
     "cacert": Word("FILE", os.path.abspath, "trust the certificate authorities in this file"),
 }
 
 _ACCESS: Mapping[str, Word] = {
-    "password-file": Word("FILE", str, "take the password from a file (or from $PYEROFS_PASSWORD)"),
-    "timeout": Word("SECONDS", _seconds, "how long one read may take, retries included (60)"),
+    "password-file": Word("FILE", str, "read the password from a file (or set $PYEROFS_PASSWORD)"),
+    "timeout": Word("SECONDS", _seconds, "limit for one read with its retries (default 60)"),
     "cache-dir": Word(
-        "DIR", os.path.abspath, "keep what was fetched here ($XDG_CACHE_HOME/pyerofs)"
+        "DIR", os.path.abspath, "the cache directory (default $XDG_CACHE_HOME/pyerofs)"
     ),
-    "cache-limit": Word("SIZE", parse_size, "how much to keep in all (10G)"),
+    "cache-limit": Word("SIZE", parse_size, "limit for all of the cache (default 10G)"),
     "prefetch": Word(
-        "WHAT", _prefetch, "what a mount or export fetches unasked: none, metadata (default) or all"
+        "WHAT", _prefetch, "what a mount or export prefetches: none, metadata (default) or all"
     ),
-    "prefetch-rate": Word("SIZE", parse_size, "at most so many bytes a second of that"),
+    "prefetch-rate": Word("SIZE", parse_size, "limit for prefetching, in bytes a second"),
     "verify": Word(
-        None, lambda _: True, "fetch all of it and check its digest before any of it is used"
+        None, lambda _: True, "fetch the whole blob and check its digest before using any of it"
     ),
-    "no-cache": Word(None, lambda _: True, "keep nothing on disk"),
+    "no-cache": Word(None, lambda _: True, "store nothing on disk"),
 }
 
 WORDS: Mapping[str, Word] = {**_SPEC, **_ACCESS, **{k: word for k, (_, word) in _VERITY.items()}}
@@ -274,7 +289,7 @@ TAKES: Mapping[str, Takes] = {
     name: Takes.NOTHING if word.metavar is None else Takes.VALUE for name, word in WORDS.items()
 }
 
-# mount.erofs' names for some of them; ``oci.password`` exists only here.
+# mount.erofs' names for these options.  ``oci.password`` has no other name.
 _MOUNT_WORDS = {
     "oci.blob": "blob", "oci.layer": "layer", "oci.platform": "platform",
     "oci.username": "username", "oci.insecure": "insecure",
@@ -282,36 +297,36 @@ _MOUNT_WORDS = {
 
 
 class SourceWords:
-    """Collects options as they come, from any command line, and makes the values of them."""
+    """Collects a command line's options, in order, and makes a SourceSpec and an Access of them."""
 
     def __init__(self) -> None:
-        self.oci = False  # mount.erofs: some oci.* word was given, so the name is a reference
+        self.oci = False  # an oci.* option of mount.erofs was given: the source is a reference
         self.password: str | None = None
-        self.environment: str | None = None  # what $PYEROFS_PASSWORD was, once it was needed
+        self.environment: str | None = None  # the value of $PYEROFS_PASSWORD, once it was read
         self._spec: dict[str, Any] = {}
         self._access: dict[str, Any] = {}
         self._verity: list[dict[str, Any]] = [{}]
         self._devices: list[str] = []
 
     def set(self, name: str, value: str) -> None:
-        """Take one option.  Raises ValueError with a message that starts with its name."""
+        """Take one option.  Raises ValueError with a message that starts with the option's name."""
         word = WORDS[name]
         try:
-            found = word.read(value)
+            parsed = word.read(value)
         except ValueError as e:
             raise ValueError(f"{name}={value}: {e}") from None
         if name in _VERITY:
-            self._verity[-1][_VERITY[name][0]] = found
+            self._verity[-1][_VERITY[name][0]] = parsed
         elif name == "device":
-            self._devices.append(found)
+            self._devices.append(parsed)
             self._verity.append({})
         elif name in _SPEC:
-            self._spec[name] = found
+            self._spec[name] = parsed
         else:
-            self._access[name.replace("-", "_")] = found
+            self._access[name.replace("-", "_")] = parsed
 
     def set_mount_word(self, name: str, value: str) -> bool:
-        """Take a word of ``-o``, ours or mount.erofs'; False where it is neither.
+        """Take a ``-o`` option of pyerofs or mount.erofs; False if it is neither.
 
         Raises ValueError."""
         if name == "oci.password":
@@ -329,11 +344,11 @@ class SourceWords:
         return True
 
     def spec(self, what: str) -> SourceSpec:
-        """The image, with its devices, all paths absolute.  Raises SourceError."""
+        """The spec of the image with its devices; all paths are absolute.  Raises SourceError."""
         return self.spec_as_typed(what).absolute()
 
     def spec_as_typed(self, what: str) -> SourceSpec:
-        """The same with paths as they are, for messages.  Raises SourceError."""
+        """The same with the paths as the user typed them, for messages.  Raises SourceError."""
         if self.oci and not what.startswith((OCI, LAYOUT)):
             what = OCI + what
         shared = {k: v for k, v in self._spec.items() if k not in ("offset", "layer", "blob")}
@@ -344,25 +359,26 @@ class SourceWords:
         )
         return parse_spec(what, devices=devices, verity=verities[0], **self._spec)
 
-    def _verity_of(self, found: dict[str, Any]) -> VeritySpec | None:
-        if not found:
+    def _verity_of(self, options: dict[str, Any]) -> VeritySpec | None:
+        if not options:
             return None
-        if "root_hash" not in found:
-            raise SourceError("--verity-root-hash is missing; nothing can be verified without it")
-        if ("hash_offset" in found) == ("hash_device" in found):
+        if "root_hash" not in options:
+            raise SourceError("the other --verity options need --verity-root-hash")
+        if ("hash_offset" in options) == ("hash_device" in options):
             raise SourceError(
-                "say where the hash tree is: --verity-hash-offset or --verity-hash-device"
+                "--verity-root-hash needs either --verity-hash-offset or --verity-hash-device"
             )
-        return VeritySpec(**found)
+        return VeritySpec(**options)
 
     def _from_environment(self) -> str | None:
-        """The password in the environment; it is taken out of there, so that no child gets it."""
+        """The password in the environment; the variable is removed, so that no child inherits it."""
         self.environment = os.environ.pop("PYEROFS_PASSWORD", self.environment)
         return self.environment
 
     def access(self, ask: Callable[[str], str | None] = lambda _: None) -> Access:
-        """How to get at it.  The password comes from its file, from $PYEROFS_PASSWORD, or from
-        ``ask`` (None: there is no terminal) where there is a user name.  Raises SourceError."""
+        """The Access of the options.  The password comes from --password-file, oci.password,
+        $PYEROFS_PASSWORD or, if a user name was given, ``ask`` (which returns None without a
+        terminal), in this order.  Raises SourceError."""
         given = dict(self._access)
         environment = self._from_environment()
         password = self.password
@@ -379,7 +395,7 @@ class SourceWords:
             password = ask(f"Password for {self._spec['username']}: ")
             if password is None:
                 raise SourceError(
-                    "--username needs a password: --password-file, or $PYEROFS_PASSWORD"
+                    "--username needs a password: use --password-file or $PYEROFS_PASSWORD"
                 )
         cache = not given.pop("no_cache", False)
         return Access(password=password, cache=cache, **given)
