@@ -43,9 +43,9 @@ def explain(text: str, where: str) -> str:
     """One line for what mount(2), libfuse or fusermount3 said of a mount point."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if _is_ours(where):
-        return "already mounted there, and only root can mount over it (fusermount3 -u unmounts)"
+        return "already mounted there (fusermount3 -u unmounts; root can mount over it)"
     if _in_user_namespace():
-        return "can't be mounted from a user namespace without mounts of its own (see unshare -rm)"
+        return "a user namespace can only mount in its own mount namespace (see unshare -rm)"
     if any("user_allow_other" in line for line in lines):
         return "allow_other needs the line user_allow_other in /etc/fuse.conf (or root)"
     return lines[0] if lines else "can't be mounted (and no reason is given)"
@@ -105,7 +105,7 @@ def check(options: Options) -> None:
     except OSError as e:
         hint = ""
         if e.errno == errno.ENOTCONN:
-            hint = f" (a dead mount is in the way: fusermount3 -u {where})"
+            hint = f" (the daemon of this mount has died; unmount it: fusermount3 -u {where})"
         raise MountError(f"{where}: {e.strerror}{hint}") from None
     if not stat.S_ISDIR(mode):
         raise MountError(f"{where}: not a directory")

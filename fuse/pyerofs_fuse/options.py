@@ -17,13 +17,13 @@ USAGE = """\
 usage: pyerofs-fuse [options] IMAGE MOUNTPOINT
        pyerofs-fuse [options] --oci REFERENCE MOUNTPOINT
 
-Mount an EROFS image, read-only, without being root.  Returns once the mount is live; a daemon stays
-behind until it is unmounted (fusermount3 -u MOUNTPOINT, or umount).
+Mount an EROFS image read-only, without being root.  The command returns once the mount is live; a
+daemon serves the mount until it is unmounted (fusermount3 -u MOUNTPOINT, or umount).
 
 IMAGE is a file, a block device, a URL (https://...), oci://REFERENCE or oci-layout:DIR[:TAG].
 
 options:
-  --cache-size=N    bytes to keep decoded in memory (64M; K, M and G are understood)
+  --cache-size=N    memory for metadata and decoded data (default 64M; K, M, G)
   --dbglevel=N      0 (errors only) to 9; 3 and above log each request
   -f                stay in the foreground and log to stderr
   -d                like -f, and log requests
@@ -32,16 +32,16 @@ options:
                     pyfuse3 (default for images that are not on this machine, where it is installed)
   -o OPT[,OPT...]   mount options: allow_other, allow_root, default_permissions, auto_unmount,
                     nodev, nosuid, noexec, fsname=NAME, subtype=NAME; also all options
-                    with values below and above (cache_size=N), and mount.erofs' oci.blob=,
+                    of this text that have values (cache_size=N), and mount.erofs' oci.blob=,
                     oci.layer=, oci.platform=, oci.username=, oci.password=, oci.insecure
-  -h, --help        this text
-  -V, --version     the version
+  -h, --help        show this text
+  -V, --version     show the version
 
 where the image is:
   --oci=REFERENCE   the same as oci://REFERENCE
 {words}
-  --prefetch-list=FILE  fetch the files that are listed here first, a path a line
-  --record=FILE     write such a list when unmounted: the files that were opened
+  --prefetch-list=FILE  prefetch the files listed in FILE first, one path per line
+  --record=FILE     at unmounting, write the files that were opened to FILE, as such a list
 
 exit status: 0 mounted, 1 not mounted (one line on stderr says why)
 """
@@ -138,10 +138,12 @@ def parse(words: list[str]) -> Options:
         names.insert(0, options.image)
     if len(names) != 2:
         raise UsageError(
-            "needs an image and a mount point" if len(names) < 2 else f"unexpected {names[2]!r}"
+            "needs an image and a mount point"
+            if len(names) < 2
+            else f"unexpected argument {names[2]!r}"
         )
     if not all(names):
-        raise UsageError("an empty name is no image and no mount point")
+        raise UsageError("the image and the mount point must not be empty")
     options.image, options.mountpoint = names
     return options
 
@@ -184,7 +186,7 @@ def _own(options: Options, name: str, value: str) -> None:
         else:
             options.prefetch_list = os.path.abspath(value)
     except ValueError:
-        raise UsageError(f"{name}={value}: not a number") from None
+        raise UsageError(f"{name}={value}: not a valid number") from None
 
 
 def _is_ignored(name: str) -> bool:

@@ -99,9 +99,9 @@ def _failed(e: BaseException) -> int:
         where = f"{e.filename}: " if e.filename else ""
         message = f"{where}{e.strerror or e}"
     elif isinstance(e, ImportError):
-        message = f"{e}; is pyerofs installed with all it needs?"
+        message = f"{e}; is pyerofs installed with all its dependencies?"
     else:
-        message = f"unexpected {type(e).__name__}: {e}; please report it"
+        message = f"internal error: {type(e).__name__}: {e}; please report it"
         if os.environ.get("PYEROFS_DEBUG"):
             raise e
     print(f"{COMMAND}: {one_line(message)}", file=sys.stderr)
@@ -163,7 +163,7 @@ def _leave(make: Callable[[], Attached], records: list[Record], behaviour: Behav
     found = make()
     print(node(found.indices[0]), flush=True)
     if not found.paths:
-        print(f"{COMMAND}: the device can't be saved if its server dies", file=sys.stderr)
+        print(f"{COMMAND}: the device can't be reattached if its server dies", file=sys.stderr)
     if behaviour.supervise:
         return _supervise(found, records, behaviour)
     if behaviour.foreground:
@@ -187,7 +187,7 @@ def _leave_supervisor(
     except (ErofsError, NbdError) as e:
         report.failed(str(e))
     except BaseException as e:
-        report.failed(f"unexpected {type(e).__name__}: {e}")
+        report.failed(f"internal error: {type(e).__name__}: {e}; please report it")
     report.ready()
     return _supervise(found, records, behaviour)
 

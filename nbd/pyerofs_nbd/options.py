@@ -17,38 +17,38 @@ usage: pyerofs-nbd [options] SOURCE | --oci REFERENCE
        pyerofs-nbd [options] --socket PATH | --listen HOST:PORT | --stdio  [SOURCE]
        pyerofs-nbd --list | --disconnect | --unmount | --reattach | --takeover  [TARGET]
 
-Make an image, a file, or what a web server or registry has, a network block device: attach it as
-/dev/nbdN (Linux, root) and leave a daemon, or serve it to NBD clients.  SOURCE is a path, a URL,
-oci://REFERENCE or oci-layout:DIR.  TARGET is /dev/nbdN or where it is mounted.
+Make an image a network block device: attach it as /dev/nbdN (Linux, root), served by a daemon, or
+serve it to NBD clients.  SOURCE is a path, a URL, oci://REFERENCE or oci-layout:DIR.  TARGET is
+/dev/nbdN or its mount point.
 
 attach (prints the device):
   --oci REF              the source is an image in a registry
-  --mount DIR            mount it there as erofs; the device goes with the mount
+  --mount DIR            mount the device there as erofs; unmounting disconnects it
   -o OPT[,OPT...]        mount options; source options may be among them (offset=N, oci.layer=N)
-  --nbd-device DEVICE    take this device (default: any free one)
-  --dead-timeout TIME    how long reads wait for a new server when one dies (1h; s, m, h, d)
-  --supervise            stay, and start a new server when one dies
-  --ioctl                for kernels without nbd's netlink interface; a dead server is the end then
+  --nbd-device DEVICE    use this device (default: any free one)
+  --dead-timeout TIME    how long reads wait for a new server when one dies (default 1h; s, m, h, d)
+  --supervise            stay running, and start a new server when one dies
+  --ioctl                for kernels without nbd's netlink interface; can't replace a dead server
   -f, --foreground       stay in the foreground and log to stderr
-  --log-file FILE        log there, not to syslog
+  --log-file FILE        log to FILE instead of syslog
   -v, --verbose          log more
 
-look after devices:
-  --list [--json]        devices, whether their servers live, sources, mounts, bytes fetched
+manage devices:
+  --list [--json]        show devices, whether their servers live, sources, mounts, bytes fetched
   --unmount TARGET       unmount, and disconnect the device
-  --disconnect TARGET    disconnect the device, whoever uses it
+  --disconnect TARGET    disconnect the device, even if it is in use
   --reattach TARGET      start a new server for a device whose server has died
-  --reattach --all       the same for all of them
+  --reattach --all       the same for all such devices
   --takeover TARGET      replace a living server without interruption
-  --accept-unpinned      with --reattach: a source that may have changed since will do
+  --accept-unpinned      with --reattach: accept a source that may have changed
 
 serve:
   --socket PATH          on a unix socket
   --listen HOST:PORT     on TCP (port 10809 if none is given)
   --stdio                one client on stdin and stdout
-  --export NAME=SOURCE   serve it under this name; repeat it
+  --export NAME=SOURCE   serve SOURCE under this name; repeat for more
   --tls-cert FILE --tls-key FILE   offer TLS
-  --tls-ca FILE          let only clients in with a certificate of this authority
+  --tls-ca FILE          require client certificates of this authority
   --tls-required         refuse clients without TLS
                          (sockets passed by systemd are served without any of these)
 
@@ -57,10 +57,10 @@ source:
 
 _TAIL = """\
 
-  -h, --help             this text
-  -V, --version          the version
+  -h, --help             show this text
+  -V, --version          show the version
 
-exit status: 0 done, 1 failed (one line on stderr says why), 2 the command line makes no sense
+exit status: 0 done, 1 failed (one line on stderr says why), 2 the command line is invalid
 """
 
 
@@ -375,11 +375,11 @@ def _attach(given: _Given) -> Attach:
         raise UsageError("needs a source")
     mounts = given.values("mount")
     if len(mounts) > 1:
-        raise UsageError("--mount can be given once")
+        raise UsageError("--mount can be given only once")
     if mounts and not mounts[0]:
         raise UsageError("--mount needs a directory")
     if not mounts and given.mount_words:
-        raise UsageError(f"-o {given.mount_words[0]}: is for --mount DIR")
+        raise UsageError(f"-o {given.mount_words[0]}: needs --mount DIR")
     for name in ("dead-timeout", "supervise"):
         if given.has("ioctl") and given.has(name):
             raise UsageError(
@@ -406,7 +406,7 @@ def _serve(given: _Given) -> Serve:
         if not (name and equals and source):
             raise UsageError(f"--export {value}: write NAME=SOURCE")
         if name in exports:
-            raise UsageError(f"--export {name}: is there twice")
+            raise UsageError(f"--export {name}: given twice")
         exports[name] = source
     if what is None and not exports:
         raise UsageError("needs a source")
@@ -415,7 +415,7 @@ def _serve(given: _Given) -> Serve:
         if name not in _OF_ONE and not name.startswith("verity"):
             shared.set(name, value)
         elif what is None:
-            raise UsageError(f"--{name} is about SOURCE, not about what --export names")
+            raise UsageError(f"--{name} applies to SOURCE only, not to --export")
     sockets, listens = given.selected("socket"), given.selected("listen")
     stdio = any(option.name == "stdio" for option in given.modes)
     if stdio and (sockets or listens):
@@ -452,7 +452,9 @@ def _reattach(given: _Given) -> Reattach:
         if given.operands:
             raise UsageError("--all and a device exclude each other")
         if given.has("supervise") or given.has("foreground"):
-            raise UsageError("--all leaves daemons: no --supervise, no --foreground")
+            raise UsageError(
+                "--all starts daemons; it does not go with --supervise or --foreground"
+            )
         target = None
     else:
         target = _target(given, "reattach", ", or --all")
@@ -482,17 +484,17 @@ def _what(given: _Given) -> str | None:
     """The source, as ``SourceWords.spec`` takes it."""
     names, reference = given.operands, given.last("oci")
     if len(names) > 1:
-        raise UsageError(f"unexpected {names[1]!r}")
+        raise UsageError(f"unexpected argument {names[1]!r}")
     if names and reference is not None:
         raise UsageError(f"{names[0]!r} and --oci exclude each other")
     if "" in (*names, reference):
-        raise UsageError("an empty name is no source")
+        raise UsageError("the name of the source must not be empty")
     return OCI + reference if reference is not None else names[0] if names else None
 
 
 def _check_source_options(given: _Given, mode: str, allowed: tuple[str, ...]) -> None:
     if len(given.modes) > 1:
-        raise UsageError(f"--{mode} can be given once")
+        raise UsageError(f"--{mode} can be given only once")
     for name, _ in given.source:
         if name not in allowed:
             raise UsageError(f"--{name} does not go with --{mode}")
@@ -501,9 +503,9 @@ def _check_source_options(given: _Given, mode: str, allowed: tuple[str, ...]) ->
 def _target(given: _Given, mode: str, more: str = "") -> str:
     names = given.operands
     if not names or not names[0]:
-        raise UsageError(f"--{mode} needs /dev/nbdN or where it is mounted{more}")
+        raise UsageError(f"--{mode} needs /dev/nbdN or its mount point{more}")
     if len(names) > 1:
-        raise UsageError(f"unexpected {names[1]!r}")
+        raise UsageError(f"unexpected argument {names[1]!r}")
     return names[0] if index_of(names[0]) is not None else os.path.abspath(names[0])
 
 
@@ -536,13 +538,13 @@ def _certificates(given: _Given, *, stdio: bool) -> Certificates | None:
     certificate, key, authority = map(given.last_path, ("tls-cert", "tls-key", "tls-ca"))
     required = given.has("tls-required")
     if (certificate is None) != (key is None):
-        raise UsageError("--tls-cert and --tls-key belong together")
+        raise UsageError("--tls-cert and --tls-key must be given together")
     if certificate is None or key is None:
         if authority is not None or required:
             raise UsageError("TLS needs --tls-cert and --tls-key")
         return None
     if stdio:
-        raise UsageError("--stdio is without TLS")
+        raise UsageError("--stdio does not support TLS")
     # with an authority, a client without a certificate must not get in by not asking for TLS
     return Certificates(certificate, key, authority, required or authority is not None)
 
@@ -565,5 +567,5 @@ def _duration(text: str | None) -> int:
     scale = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:], 0)
     digits = text[:-1] if scale else text
     if not (digits.isascii() and digits.isdecimal() and len(digits) < 9):
-        raise UsageError(f"--dead-timeout {text}: is no time like 90s, 10m, 1h or 30d")
+        raise UsageError(f"--dead-timeout {text}: is not a time such as 90s, 10m, 1h or 30d")
     return int(digits) * (scale or 1)

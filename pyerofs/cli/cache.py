@@ -40,7 +40,7 @@ def _chosen(directory: CacheDir, args: argparse.Namespace) -> list[Blob]:
     for name in args.blobs:
         found = [b for b in blobs if name in (b.key, b.name) or _starts(b.key, name)]
         if not found:
-            raise SourceError(f"{name}: not in the cache {directory.path}")
+            raise SourceError(f"{name}: not in the cache {directory.path} (see cache ls)")
         chosen += found
     return chosen
 
@@ -81,7 +81,7 @@ def _remove(directory: CacheDir, args: argparse.Namespace) -> int:
     status = 0
     for b in _chosen(directory, args):
         if not directory.remove(b):
-            complain(f"{b.key}: in use")
+            complain(f"{b.key}: in use, so not removed")
             status = 1
     if args.all:
         directory.forget_documents()
@@ -97,7 +97,7 @@ def _prune(directory: CacheDir, args: argparse.Namespace) -> int:
 def _verify(directory: CacheDir, args: argparse.Namespace) -> int:
     """Read every cached segment; drop damaged ones, so that they are fetched again."""
     blobs = _chosen(directory, args)
-    progress = Progress("verifying", sum(b.size >> 20 for b in blobs))
+    progress = Progress("checking", sum(b.size >> 20 for b in blobs))
     wrong = 0
     for b in blobs:
         try:
@@ -108,16 +108,16 @@ def _verify(directory: CacheDir, args: argparse.Namespace) -> int:
         if store is None:
             wrong += 1
             directory.remove(b)
-            complain(f"{b.key}: damaged, or never believed; removed")
+            complain(f"{b.key}: damaged, or stored by an older version; removed")
             continue
         try:
             for number in range(store.count):
                 if store.has(number) and store.segment(number) is None:
                     wrong += 1
-                    complain(f"{b.key}: segment {number} was damaged")
+                    complain(f"{b.key}: segment {number} is damaged; dropped")
                 progress.advance()
         finally:
             store.close()
     progress.close()
-    print(f"{len(blobs)} blobs verified, {wrong} damaged segments dropped", file=sys.stderr)
+    print(f"{len(blobs)} blobs checked, {wrong} damaged segments or blobs dropped", file=sys.stderr)
     return 1 if wrong else 0

@@ -116,7 +116,7 @@ class Checker:
             self.bytes += size
             self.unread += unread
         if self.unread:
-            self._add("", f"{self.unread} files lie on missing devices", None)
+            self._add("", f"{self.unread} files are on missing devices", None)
         del self.problems[MAX_PROBLEMS:]
         for nid, (place, name, nlink) in self._inodes.items():
             if self._links[nid] != nlink:

@@ -144,7 +144,7 @@ class Extractor:
         inode = tree.resolve(self._vol, path, False)
         names = [n for n in path.split(b"/") if n not in (b"", b".")]
         if b".." in names:
-            raise ErofsError(f"{os.fsdecode(path)}: '..' can't be extracted")
+            raise ErofsError(f"{os.fsdecode(path)}: a path with '..' can't be extracted")
         *parents, name = names or [b""]
         here = Place()
         for parent in parents:
@@ -402,7 +402,7 @@ def _check_made(fd: int, inode: Inode) -> None:
         or found.st_rdev
         != (inode.rdev if stat.S_ISCHR(inode.mode) or stat.S_ISBLK(inode.mode) else 0)
     ):
-        raise OSError(errno.ESTALE, "was replaced by somebody else while it was made")
+        raise OSError(errno.ESTALE, "was replaced by another process during the extraction")
 
 
 def _write_all(fd: int, parts: list[Buffer], offset: int) -> None:

@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The argument parser of the whole command."""
     parser = _Parser(
         prog="pyerofs",
-        description="Look into EROFS images and take things out of them.",
+        description="Inspect EROFS images and extract files from them.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -77,53 +77,57 @@ def _add_image_verbs(verbs: _Verbs) -> None:
         )
         return added
 
-    verb("info", "Show the superblock, features, devices and how well it is compressed.", json)
+    verb("info", "Show the superblock, features, devices and compression.", json)
 
     p = verb("ls", "List directories.", json)
     p.add_argument("paths", metavar="PATH", nargs="*", default=["/"])
-    p.add_argument("-l", "--long", action="store_true", help="with modes, owners, sizes and times")
-    p.add_argument("-R", "--recursive", action="store_true", help="and all directories below")
+    p.add_argument("-l", "--long", action="store_true", help="show modes, owners, sizes and times")
+    p.add_argument("-R", "--recursive", action="store_true", help="list all directories below, too")
 
-    p = verb("tree", "Draw a directory and all below it.")
+    p = verb("tree", "Draw a directory and everything below it.")
     p.add_argument("path", metavar="PATH", nargs="?", default="/")
-    p.add_argument("-L", "--level", type=_number, default=None, help="how deep to go")
+    p.add_argument(
+        "-L", "--level", type=_number, default=None, help="levels to draw (default: all)"
+    )
 
-    p = verb("stat", "Show what is known about files: attributes, xattrs, extents.", json)
+    p = verb("stat", "Show all metadata of files: attributes, xattrs, extents.", json)
     p.add_argument("paths", metavar="PATH", nargs="+")
-    p.add_argument("-L", "--follow", action="store_true", help="follow a link at a path's end")
-    p.add_argument("-x", "--extents", action="store_true", help="with the extent map")
+    p.add_argument("-L", "--follow", action="store_true", help="follow a link at the end of a path")
+    p.add_argument("-x", "--extents", action="store_true", help="show the extent map")
 
     p = verb("cat", "Write files to stdout.")
     p.add_argument("paths", metavar="PATH", nargs="+")
 
-    p = verb("extract", "Take files out, with all that belongs to them.")
+    p = verb("extract", "Extract files with all their metadata.")
     p.add_argument("paths", metavar="PATH", nargs="*", default=[])
-    p.add_argument("-C", "--directory", default=".", metavar="DIR", help="where to (default: here)")
+    p.add_argument(
+        "-C", "--directory", default=".", metavar="DIR", help="extract into DIR (default: .)"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    p.add_argument("--no-same-owner", action="store_true", help="leave files to whoever extracts")
-    p.add_argument("--no-xattrs", action="store_true", help="leave extended attributes out")
+    p.add_argument("--no-same-owner", action="store_true", help="don't restore owners")
+    p.add_argument("--no-xattrs", action="store_true", help="don't restore xattrs")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
-    p = verb("tar", "Write the tree as a PAX tar stream, with xattrs, links and nanoseconds.")
+    p = verb("tar", "Write the tree as a PAX tar stream, with xattrs, links and nanosecond times.")
     p.add_argument("path", metavar="PATH", nargs="?", default="/")
-    p.add_argument("-o", "--output", metavar="FILE", help="write there instead of stdout")
-    p.add_argument("--no-xattrs", action="store_true", help="leave extended attributes out")
+    p.add_argument("-o", "--output", metavar="FILE", help="write to FILE instead of stdout")
+    p.add_argument("--no-xattrs", action="store_true", help="leave out xattrs")
 
     p = verb("check", "Read and verify everything; report every problem.", json)
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
-    verb("dump", "Account for every byte of the image: what is where.", json)
+    verb("dump", "Show what every byte of the image is used for.", json)
 
 
 def _add_other_verbs(verbs: _Verbs) -> None:
-    p = verbs.add_parser("cache", help="Look after what was fetched from servers and registries.")
+    p = verbs.add_parser("cache", help="Manage the cache of data from servers and registries.")
     p.add_argument("action", choices=["ls", "rm", "prune", "verify"])
-    p.add_argument("blobs", metavar="BLOB", nargs="*", help="a key or the beginning of one")
-    p.add_argument("--all", action="store_true", help="rm: everything that is not in use")
-    p.add_argument("--cache-dir", metavar="DIR", help="the cache ($XDG_CACHE_HOME/pyerofs)")
+    p.add_argument("blobs", metavar="BLOB", nargs="*", help="a key (see ls), or its beginning")
+    p.add_argument("--all", action="store_true", help="rm: all blobs that are not in use")
+    p.add_argument("--cache-dir", metavar="DIR", help="the cache (default $XDG_CACHE_HOME/pyerofs)")
     p.add_argument(
         "--cache-limit", type=_size, metavar="SIZE", default=DEFAULT_CACHE_LIMIT,
-        help="prune: what may stay (default 10G)",
+        help="prune: remove blobs down to this size (default 10G)",
     )  # fmt: skip
     p.add_argument("--json", action="store_true", help="ls: print JSON")
 

@@ -89,7 +89,7 @@ class TarWriter:
             place, here = step
             base = place.path()
             if len(base) > MAX_PATH:
-                raise ErofsError(f"a path of {len(base)} bytes: too deep a tree for a tar")
+                raise ErofsError(f"a path of {len(base)} bytes is too long for a tar stream")
             self.add(b"./" + base + b"/" if base else b"./", here)
             directories = []
             for entry in tree.orderly_entries(self._vol, here, self._report):

@@ -89,7 +89,7 @@ def test_other_files_are_left(kind: str, tmp_path: Path) -> None:
         path.mkdir()
     else:
         path.symlink_to("nowhere")
-    with pytest.raises(ListenError, match="exists and is no socket"):
+    with pytest.raises(ListenError, match="exists and is not a socket"):
         listen.unix(str(path))
     assert os.path.lexists(path)
 
@@ -122,7 +122,7 @@ def test_addresses(text: str, meant: tuple[str, int]) -> None:
 
 @pytest.mark.parametrize("text", ["localhost:", "localhost:x", "localhost:-1", "localhost:65536"])
 def test_bad_addresses(text: str) -> None:
-    with pytest.raises(ListenError, match="is no port"):
+    with pytest.raises(ListenError, match="is not a port"):
         listen.tcp(text)
 
 
@@ -148,7 +148,7 @@ def test_tcp_in_use() -> None:
 def test_tcp_elsewhere() -> None:
     with pytest.raises(ListenError, match=r"192\.0\.2\.1:0: "):
         listen.tcp("192.0.2.1:0")
-    with pytest.raises(ListenError, match="is no name of a host"):
+    with pytest.raises(ListenError, match="is not a host name"):
         listen.tcp("a..b:0")
 
 
@@ -226,7 +226,7 @@ def test_nothing_was_passed() -> None:
     environment = {"LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x", "OTHER": ""}
     assert listen.activated(environment) == []
     assert environment == {"OTHER": ""}
-    with pytest.raises(ListenError, match="no number"):
+    with pytest.raises(ListenError, match="not a number"):
         listen.activated({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "x"})
 
 

@@ -224,7 +224,7 @@ def test_in_a_pid_namespace(where: Path) -> None:
 def test_by_ioctl(where: Path) -> None:
     done = run("--ioctl", "--mount", where, PLAIN)
     assert done.returncode == 0
-    assert "can't be saved" in done.stderr
+    assert "can't be reattached" in done.stderr
     device = done.stdout.strip()
     assert shown("plain", where) == []
     assert recovery_files() == []

@@ -44,7 +44,7 @@ def driver() -> Netlink:
             sysfs.modprobe()
     if os.path.exists("/sys/module/nbd"):
         raise NbdError(
-            "the nbd driver answers in the first network namespace only"
+            "the nbd driver answers in the initial network namespace only"
             " (nsenter --net=/proc/1/ns/net, or --socket PATH)"
         )
     raise NbdError(NO_DRIVER)
@@ -54,7 +54,7 @@ def explain(e: OSError) -> NbdError:
     """The NbdError, with a helpful message, for an error returned by the driver."""
     if e.errno == errno.EPERM:
         return NbdError(NO_PRIVILEGE)
-    return NbdError(f"the nbd driver refuses: {e.strerror}")
+    return NbdError(f"the nbd driver reports: {e.strerror}")
 
 
 def disconnect(index: int) -> None:

@@ -30,7 +30,7 @@ def parse(data: bytes, *, accept_unpinned: bool) -> Record:
     if kind in ("TARINDEX_OCI_BLOB", "S3_OBJECT"):
         raise NbdError(
             f"the device was attached by mount.erofs with a source that pyerofs-nbd does not"
-            f" know ({kind}); mount.erofs --reattach does"
+            f" support ({kind}); use mount.erofs --reattach"
         )
     if kind not in ("LOCAL", "OCI_LAYER", "OCI_NATIVE_BLOB") or not blank:
         raise NbdError("not a recovery file of pyerofs-nbd or mount.erofs")
@@ -60,7 +60,7 @@ def _oci(kind: str, fields: list[str], accept_unpinned: bool) -> Record:
         if not accept_unpinned:
             raise NbdError(
                 f"layer {which} of {reference} is recorded without its digest, and the image may"
-                " have changed since; --accept-unpinned uses what is there now"
+                " have changed since; --accept-unpinned uses its current content"
             )
     try:
         spec = parse_spec(

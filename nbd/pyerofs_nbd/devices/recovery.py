@@ -105,7 +105,7 @@ def from_json(value: object) -> Record:
             mountpoint=value["mountpoint"],
         )
     except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"something is missing or misplaced ({e})") from None
+        raise ValueError(f"a field is missing or misplaced ({e})") from None
     if (
         type(record.part) is not int
         or type(record.flat) is not bool
@@ -147,9 +147,9 @@ def directory(*, make: bool = False) -> str:
     if not stat.S_ISDIR(found.st_mode):
         raise NbdError(f"{where}: not a directory")
     if found.st_uid != os.geteuid():
-        raise NbdError(f"{where}: belongs to another user (looking after devices takes root)")
+        raise NbdError(f"{where}: belongs to another user (managing devices needs root)")
     if found.st_mode & 0o077:
-        raise NbdError(f"{where}: others have access to it; it has to be mine alone (mode 0700)")
+        raise NbdError(f"{where}: other users have access to it; its mode must be 0700")
     return where
 
 

@@ -21,7 +21,7 @@ NO_DRIVER = (
     " serve with --socket PATH instead, or mount with pyerofs-fuse"
 )
 NO_PRIVILEGE = (
-    "attaching a device takes root (CAP_SYS_ADMIN in the initial namespace);"
+    "attaching a device needs root (CAP_SYS_ADMIN in the initial namespace);"
     " serve with --socket PATH instead, or mount with pyerofs-fuse"
 )
 

@@ -143,7 +143,7 @@ def _serve(parameters: ServerParameters, ours: socket.socket, theirs: socket.soc
 
         holder.run(parameters, theirs)
     except BaseException as e:
-        control.send(theirs, Failed(f"can't start a server: {e}"))
+        control.send(theirs, Failed(f"can't start the server: {e}"))
     finally:
         os._exit(1)
 
@@ -234,7 +234,7 @@ def _connect(
 ) -> None:
     """Attach a device for each offer, and send the server its ends of the connections."""
     if wanted.device is not None and len(offers) > 1:
-        raise NbdError(f"--nbd-device: the image needs {len(offers)} devices; let them be chosen")
+        raise NbdError(f"--nbd-device can't be used: the image needs {len(offers)} devices")
     with ExitStack() as ends:
         fds = []
         for offer in offers:
@@ -373,5 +373,5 @@ def outcome(found: Attached, status: int) -> int:
     names = " ".join(sysfs.node(i) for i in found.indices)
     raise NbdError(
         f"the server of {names} has ended (status {status:#x});"
-        f" pyerofs-nbd --reattach {sysfs.node(found.indices[0])}"
+        f" start a new one: pyerofs-nbd --reattach {sysfs.node(found.indices[0])}"
     )

@@ -198,7 +198,7 @@ class _Devices:
             self._parts = parameters.known
             for part in self._parts:
                 if part.record.part >= len(prints):
-                    raise NbdError(f"{part.path}: names a part of the image that is not there")
+                    raise NbdError(f"{part.path}: refers to a device that the image does not have")
                 _compare(part.record, prints[part.record.part], devices[part.record.part])
         for part in self._parts:
             source = flat.whole(devices[part.record.part])
@@ -348,10 +348,10 @@ class _Devices:
             try:
                 found = await trio.to_thread.run_sync(reconnect, part.index, path, 5.0)
             except OSError as e:
-                log.error("%s: can't connect again: %s", sysfs.node(part.index), e.strerror)
+                log.error("%s: can't reconnect: %s", sysfs.node(part.index), e.strerror)
                 found = None
             if found is not None:
-                log.warning("%s: connected again", sysfs.node(part.index))
+                log.warning("%s: reconnected", sysfs.node(part.index))
                 return found
             await trio.sleep(1)
         return None
@@ -372,7 +372,7 @@ class _Devices:
             if number == ORPHANED:
                 self._orphaned.set()
                 continue
-            log.info("asked to stop by signal %d", number)
+            log.info("stopping on signal %d", number)
             for part in self._parts:
                 if part.connection is not None and not await self._release_device(part.index):
                     break  # the others carry the same image
@@ -408,7 +408,7 @@ class _Devices:
             self._control_path = recovery.control_path(first)
             self._listener = control.listen(self._control_path)
         except OSError as e:
-            log.warning("can't be asked or taken over: %s", e.strerror)
+            log.warning("can't listen for status requests and takeovers: %s", e.strerror)
             return
         nursery.start_soon(self._accept, nursery)
 

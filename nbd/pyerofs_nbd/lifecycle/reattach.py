@@ -57,7 +57,7 @@ def resolve(target: str) -> int:
     if index is None and os.path.isabs(target):
         index = next(iter(sysfs.owned_by(target)), None)
     if index is None:
-        raise NbdError(f"{target}: neither an nbd device nor where one is mounted")
+        raise NbdError(f"{target}: neither an nbd device nor the mount point of one")
     if not sysfs.attached(index):
         raise NbdError(f"{sysfs.node(index)}: is not attached")
     return index
@@ -121,7 +121,7 @@ def reattach(group: Group, behaviour: Behaviour) -> Attached:
             if fd is None:
                 for taken in locks:
                     os.close(taken)
-                raise Alive(f"{group.names}: has a server that lives; nothing was changed")
+                raise Alive(f"{group.names}: its server lives; nothing was changed")
             locks.append(fd)
         child = start(_parameters(group, locks, behaviour))
         undo.callback(child.stop)
@@ -145,7 +145,7 @@ def _renewed(index: int, path: str, patience: float, size: int | None) -> socket
     except OSError as e:
         raise explain(e) from None
     if found is None:
-        raise Alive(f"{sysfs.node(index)}: has a server that lives; nothing was changed")
+        raise Alive(f"{sysfs.node(index)}: its server lives; nothing was changed")
     return found
 
 
@@ -172,7 +172,7 @@ def take_over(group: Group, behaviour: Behaviour) -> Attached:
                     *zip(group.indices, group.paths, strict=True)
                 ]
                 if given != Devices(wanted) or len(fds) != 2 * len(wanted):
-                    raise NbdError(f"{group.names}: its server does not hand them over")
+                    raise NbdError(f"{group.names}: its server refuses the takeover")
                 child.send(messages.Attached(group.indices), fds)
                 child.expect(Serving)
                 control.send(old, Taken())

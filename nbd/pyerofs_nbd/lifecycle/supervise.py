@@ -105,11 +105,11 @@ def _again(
             again = reattach(group, behaviour)
             settle(again, behaviour)
         except Alive:
-            log.warning("%s: somebody else serves it now", group.names)
+            log.warning("%s: another server has taken over", group.names)
             return None
         except NbdError as e:
             log.error("%s: %s", group.names, e)
             attempt += 1
             continue
-        log.warning("%s: a new server is at work", group.names)
+        log.warning("%s: a new server has started", group.names)
         return again

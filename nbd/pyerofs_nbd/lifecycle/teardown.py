@@ -26,7 +26,7 @@ def unmount_target(target: str) -> None:
         try:
             unmount(mount.where)
         except OSError as e:
-            hint = "; somebody uses it (fuser -vm shows who)" if e.errno == errno.EBUSY else ""
+            hint = "; a process uses it (fuser -vm shows which)" if e.errno == errno.EBUSY else ""
             raise NbdError(f"{mount.where}: {e.strerror}{hint}") from None
     for other, identifier in together:
         if groups.mounts_of(other) or (sysfs.attached(other) and groups.in_use(other)):
@@ -56,4 +56,4 @@ def _take_away(index: int, identifier: str | None) -> None:
         raise explain(e) from None
     # (the kernel keeps an empty device until the last process closes it)
     if not mounted and not sysfs.wait_gone(index, identifier):
-        raise NbdError(f"{sysfs.node(index)}: is disconnected, but somebody still has it open")
+        raise NbdError(f"{sysfs.node(index)}: is disconnected, but a process still has it open")

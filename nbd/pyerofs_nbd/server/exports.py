@@ -83,7 +83,7 @@ class Server:
         """The first export also answers to the empty name.  With ``tls`` clients may use TLS; with
         ``tls_required`` they must.  Raises ValueError if names are not unique."""
         if not exports or len({e.name for e in exports}) < len(exports):
-            raise ValueError("exports need names of their own")
+            raise ValueError("exports need different names")
         if tls_required and tls is None:
             raise ValueError("TLS can't be required without a certificate")
         self.exports = tuple(exports)
@@ -226,7 +226,7 @@ class Server:
         idle = [(t.since, t.cancel) for t in self._serving if t.idle_now and now - t.since > IDLE]
         for found in (silent, idle):
             if found:
-                log.info("ending a connection that is idle: others wait for a place")
+                log.info("ending an idle connection: the limit is reached, and a new client waits")
                 min(found, key=lambda pair: pair[0])[1]()
                 return
 
@@ -237,7 +237,7 @@ class Server:
             t for t in self._serving if t.held and trio.current_time() - t.channel.stalled > STALLED
         ]
         if idle:
-            log.warning("ending a connection that reads nothing: others wait for memory")
+            log.warning("ending a connection that reads no replies: others wait for its memory")
             min(idle, key=lambda t: t.channel.stalled).cancel()
 
 
@@ -262,7 +262,7 @@ class _Served:
         if isinstance(error, ErofsError):
             log.error("%s%s", error, more)
         else:
-            log.error("%s: unexpected error", self.source.name, exc_info=error)
+            log.error("%s: internal error", self.source.name, exc_info=error)
 
 
 class _Transmission:
@@ -473,7 +473,9 @@ class _Transmission:
             if found is None:
                 found = await self._source.read_at(offset, length)
             if len(found) != length:
-                raise ErofsError(f"{self._source.name}: {len(found)} bytes came, not {length}")
+                raise ErofsError(
+                    f"{self._source.name}: read {len(found)} bytes instead of {length}"
+                )
         except Exception as e:
             self._served.failed(e)
             self._statistics.errors += 1

@@ -82,7 +82,7 @@ def unix(path: str) -> Listener:
     server is dead.  Raises ListenError."""
     path = os.path.abspath(path)
     if len(os.fsencode(path)) > PATH_MAX:
-        raise ListenError(f"{path}: is longer than a socket's path may be ({PATH_MAX} bytes)")
+        raise ListenError(f"{path}: is longer than the {PATH_MAX} bytes of a socket's path")
     sock = socket.socket(socket.AF_UNIX)
     try:
         os.fchmod(sock.fileno(), 0o600)  # bind(2) gives the file the socket's mode
@@ -108,7 +108,7 @@ def _remove_stale(path: str) -> None:
     """Remove a socket file without a listener.  Raises ListenError if the file is anything else."""
     found = os.lstat(path)
     if not stat.S_ISSOCK(found.st_mode):
-        raise ListenError(f"{path}: exists and is no socket")
+        raise ListenError(f"{path}: exists and is not a socket")
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)  # EAGAIN, from a full backlog, means a living server
         try:
@@ -116,7 +116,7 @@ def _remove_stale(path: str) -> None:
         except ConnectionRefusedError:
             pass
         except (BlockingIOError, FileNotFoundError):
-            raise ListenError(f"{path}: another server uses it") from None
+            raise ListenError(f"{path}: another server is using it") from None
         else:
             raise ListenError(f"{path}: a server listens there already")
     if _identity(path) == (found.st_dev, found.st_ino):
@@ -157,10 +157,10 @@ def tcp(where: str) -> list[Listener]:
     except (OSError, UnicodeError) as e:
         for listener in listeners:
             listener.close()
-        reason = e.strerror if isinstance(e, OSError) else "is no name of a host"
+        reason = e.strerror if isinstance(e, OSError) else "is not a host name"
         raise ListenError(f"{where}: {reason}") from None
     if not listeners:
-        raise ListenError(f"{where}: no address of it is here")
+        raise ListenError(f"{where}: none of this host's addresses is on this machine")
     return listeners
 
 
@@ -172,7 +172,7 @@ def parse_address(where: str) -> tuple[str, int]:
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     if not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise ListenError(f"{where}: {port!r} is no port")
+        raise ListenError(f"{where}: {port!r} is not a port")
     return host or "localhost", int(port)
 
 
@@ -182,7 +182,7 @@ def warning(listeners: Iterable[Listener], *, tls_required: bool) -> str | None:
     if not exposed or tls_required:
         return None
     where = ", ".join(listener.uri() for listener in exposed)
-    return f"{where}: anyone who can reach this machine can read it, and it goes unencrypted"
+    return f"{where}: anyone who can reach this address can read, without TLS (see --tls-required)"
 
 
 # --- systemd ----------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def activated(environment: MutableMapping[str, str] = os.environ) -> list[Listen
     if pid != str(os.getpid()):
         return []
     if not count.isdigit():
-        raise ListenError(f"LISTEN_FDS={count}: is no number of sockets")
+        raise ListenError(f"LISTEN_FDS={count}: is not a number")
     return [_activated(fd) for fd in range(FIRST_FD, FIRST_FD + int(count))]
 
 
@@ -206,7 +206,7 @@ def _activated(fd: int) -> Listener:
     try:
         sock = socket.socket(fileno=fd)
         if sock.type != socket.SOCK_STREAM:
-            raise ListenError(f"descriptor {fd}: is no stream socket")
+            raise ListenError(f"descriptor {fd}: is not a stream socket")
         listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     except OSError as e:
         raise ListenError(f"descriptor {fd}: {e.strerror}") from None
@@ -287,7 +287,7 @@ async def _accept(
             slots.release()
             if e.errno in NO_ROOM:
                 if not short:
-                    log.warning("can't accept more connections for now: %s", e.strerror)
+                    log.warning("can't accept connections: %s; trying again", e.strerror)
                 short = True
                 await trio.sleep(PAUSE)
             continue  # otherwise the client has disconnected already

@@ -40,7 +40,7 @@ def serve(wanted: Serve, access: Access) -> None:
         for where in wanted.listens:
             listeners += listen.tcp(where)
         if not listeners and not wanted.stdio:
-            raise NbdError("no sockets were passed")
+            raise NbdError("LISTEN_FDS passes no sockets, and --socket and --listen are missing")
         warning = listen.warning(listeners, tls_required=wanted.tls_required)
         if warning is not None:
             print(f"pyerofs-nbd: warning: {warning}", file=sys.stderr)
@@ -73,8 +73,8 @@ async def _serve(
                     whole = await flat.combine(opened) if len(opened) > 1 else opened[0]
                     if whole is None:
                         raise NbdError(
-                            f"{spec.name}: its devices are not mapped into one, so each has to"
-                            " be exported on its own (--export)"
+                            f"{spec.name}: the image does not map its devices into one; export"
+                            " each on its own (--export)"
                         )
                     exports.append(Export(name, whole, spec.name))
                 server = Server(exports, tls=context, tls_required=wanted.tls_required)

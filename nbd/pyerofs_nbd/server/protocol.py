@@ -254,7 +254,7 @@ class Handshake:
         del self._buffer[: _OPTION.size]
         self._options += 1
         self._skip = length
-        return iter([_reply(option, REP_ERR_TOO_BIG, b"this is longer than any option")])
+        return iter([_reply(option, REP_ERR_TOO_BIG, b"the option is too long")])
 
     def _option(self, option: int, data: bytes) -> Iterator[Action]:
         if not self._fixed and option != OPT_EXPORT_NAME:
@@ -282,7 +282,7 @@ class Handshake:
 
     def _list(self, option: int, data: bytes) -> Iterator[Action]:
         if data:
-            yield _reply(option, REP_ERR_INVALID, b"LIST has no data")
+            yield _reply(option, REP_ERR_INVALID, b"LIST takes no data")
             return
         for export in self._exports:
             name = _text(export.name)
@@ -294,7 +294,7 @@ class Handshake:
         if data or self._secure:
             yield _reply(option, REP_ERR_INVALID)
         elif not self._tls:
-            yield _reply(option, REP_ERR_POLICY, b"TLS is not set up here")
+            yield _reply(option, REP_ERR_POLICY, b"TLS is not configured")
         elif self._buffer:
             # plain text injected before the TLS handshake would count as encrypted afterwards
             yield Close()

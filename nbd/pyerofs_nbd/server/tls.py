@@ -46,4 +46,4 @@ def _check_readable(path: str) -> None:
 
 
 def _no_password() -> str:
-    raise TlsError("is encrypted; there is nobody to ask for its password")
+    raise TlsError("is encrypted; use a key without a password")
