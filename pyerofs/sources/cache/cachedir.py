@@ -266,8 +266,8 @@ class CacheDir:
             return Verified.open(blob.folder, blob.file)
         if blob.folder is self._claimed and blob.state != BAD:
             about = {"key": blob.key, "name": blob.name}
-            vouched = not blob.key.startswith("url:")
-            return Claimed(blob.folder, blob.file, blob.size, about, vouched=vouched)
+            has_digest = not blob.key.startswith("url:")
+            return Claimed(blob.folder, blob.file, blob.size, about, vouched=has_digest)
         return None
 
     def remove(self, blob: Blob) -> bool:

@@ -279,7 +279,7 @@ class Claimed(DiskStore):
         """Open the files, or create them.  ``about``: key and name, for listing the cache.
         ``vouched``: the blob has a digest to check.  Raises OSError."""
         self.about = about
-        self._vouched = vouched
+        self._has_digest = vouched
         self._writers = 0  # threads of this process that write, under one shared lock
         map_fd = open_map(folder, name, size, about)
         super().__init__(folder, name, map_fd, size)
@@ -334,7 +334,7 @@ class Claimed(DiskStore):
 
     def forget(self, number: int) -> None:
         super().forget(number)
-        if not self._vouched and self._state == COMPLETE:
+        if not self._has_digest and self._state == COMPLETE:
             self._set_state(FILLING)
 
     @contextmanager
@@ -393,7 +393,7 @@ class Claimed(DiskStore):
 
         None if a process is writing, or the file system has no locks.  Raises OSError."""
         folder = self.folder.copy()  # the caller may close its folder meanwhile
-        own = Claimed(folder, self.name, self.size, self.about, vouched=self._vouched)
+        own = Claimed(folder, self.name, self.size, self.about, vouched=self._has_digest)
         try:
             same = os.path.samestat(os.fstat(own._map), os.fstat(self._map))
             if same and own._lock_header(fcntl.F_WRLCK):
