@@ -92,7 +92,7 @@ def write_record(path: str, paths: list[str]) -> None:
         with open(path, "w", encoding="utf-8", errors="surrogateescape") as f:
             f.write(text)
     except OSError as e:
-        log.warning("%s: not written: %s", path, e.strerror)
+        log.warning("%s: can't write the list of opened files: %s", path, e.strerror)
 
 
 def check(options: Options) -> None:

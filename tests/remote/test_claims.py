@@ -27,6 +27,9 @@ import trio
 import pyerofs
 import pyerofs.aio
 from pyerofs.errors import ErofsError, SourceError
+from pyerofs.sources.cache.blobstore import BlobStore
+from pyerofs.sources.cache.store import Claimed
+from pyerofs.system.private import PrivateDirectory
 from tests.fuse.mounting import COMMAND as FUSE
 from tests.fuse.mounting import assert_refused, cleaned, run, wait_until
 from tests.handmade import noise
@@ -734,3 +737,26 @@ class TestStatus:
             assert verified() is False
             assert (where / "big").read_bytes() == BIG.content
             assert wait_until(verified)
+
+
+def test_a_verified_blob_that_loses_a_segment_is_not_verified_any_more(tmp_path: Path) -> None:
+    """The process that has verified it fetches the segment again, from a server that claims it."""
+    folder = PrivateDirectory.open(str(tmp_path / "private"), create=True)
+    right = noise(2 * SEGMENT, seed=5)
+    digest = f"sha256:{sha256(right).hexdigest()}"
+    claimed = Claimed(folder.copy(), "blob", len(right), {}, vouched=True)
+    store = BlobStore("blob", len(right), digest, claimed=lambda: claimed)
+    for number in range(2):
+        store.put(number, right[number * SEGMENT : (number + 1) * SEGMENT])
+    assert store.settle()
+    found = [store.verified]
+    with (tmp_path / "private" / "blob.data").open("r+b") as f:
+        f.write(b"damaged")
+    claimed.forget(0)  # as a read does that finds the damage
+    found.append(store.verified)
+    store.put(0, bytes(SEGMENT))  # another segment than the one that was verified
+    assert store.read(0, 4) == bytes(4)
+    found.append(store.verified)
+    assert found == [True, False, False]
+    store.close()
+    folder.close()

@@ -170,7 +170,7 @@ class Live:
         try:
             write_record(path, tree.paths_of(answers.volume, nids))
         except ErofsError as e:
-            log.warning("%s: not written: %s", path, e)
+            log.warning("%s: can't write the list of opened files: %s", path, e)
 
     def unmount(self) -> None:
         """Detach the mount; logs a failure."""

@@ -178,7 +178,7 @@ class DirectServer:
         except ErofsError as e:
             return None, self._answers.code_of(e, metadata=request.opcode != Opcode.READ)
         except Exception:
-            log.exception("request %d failed unexpectedly", request.opcode)
+            log.exception("internal error in request %d", request.opcode)
             return None, errno.EIO
 
     def _is_stranger(self, request: Request) -> bool:

@@ -167,4 +167,4 @@ async def _write_record(image: AsyncImage, nids: Collection[int], path: str) -> 
     try:
         write_record(path, await paths_of(image, nids))
     except ErofsError as e:
-        log.warning("%s: not written: %s", path, e)
+        log.warning("%s: can't write the list of opened files: %s", path, e)

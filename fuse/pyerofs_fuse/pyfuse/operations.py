@@ -62,7 +62,7 @@ def refusing(
                 assert isinstance(operations, Operations)
                 raise FUSEError(operations.answers.code_of(e, metadata=metadata)) from None
             except Exception:
-                log.exception("%s failed unexpectedly", operation.__name__)
+                log.exception("internal error in %s", operation.__name__)
                 raise FUSEError(errno.EIO) from None
 
         return guarded

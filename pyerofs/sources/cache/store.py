@@ -280,6 +280,7 @@ class Claimed(DiskStore):
         ``vouched``: the blob has a digest to check.  Raises OSError."""
         self.about = about
         self._has_digest = vouched
+        self._has_lost = False  # a segment, since a whole pass checked the blob
         self._writers = 0  # threads of this process that write, under one shared lock
         map_fd = open_map(folder, name, size, about)
         super().__init__(folder, name, map_fd, size)
@@ -332,10 +333,17 @@ class Claimed(DiskStore):
             raise
         return True
 
+    @property
+    def complete(self) -> bool:
+        return self._state == COMPLETE and not self._has_lost
+
     def forget(self, number: int) -> None:
         super().forget(number)
-        if not self._has_digest and self._state == COMPLETE:
-            self._set_state(FILLING)
+        if self._state == COMPLETE:
+            if self._has_digest:
+                self._has_lost = True  # what is fetched in its place was not checked
+            else:
+                self._set_state(FILLING)
 
     @contextmanager
     def claimed(self, first: int, last: int) -> Iterator[bool]:
