@@ -100,8 +100,8 @@ class _Process:
         self.slots = slots
         self.first = self.begun
         self.stopped = 0  # looks in a row that saw it stopped
-        # for each slot, and for all: what a look saw, and when that was seen first
-        self._seen: list[tuple[int, float]] = [(NONE, 0.0)] * (len(slots) + 1)
+        # for each slot: which request a look saw in hand, and when it was seen first
+        self._seen: list[tuple[int, float]] = [(NONE, 0.0)] * len(slots)
 
     @property
     def begun(self) -> int:
@@ -113,11 +113,9 @@ class _Process:
         """Whether a thread has a request in hand."""
         return any(slot.unique != NONE for slot in self.slots)
 
-    def longest(self, waiting: bool, now: float) -> float:
-        """For how many seconds a request has been in hand, or, if requests are ``waiting``, none has
-        been begun."""
+    def longest(self, now: float) -> float:
+        """For how many seconds a request has been in hand, as far as looks have seen it."""
         states = [slot.unique and slot.begun for slot in self.slots]
-        states.append(self.begun if waiting else NONE)
         self._seen = [
             (state, since if state == seen else now)
             for state, (seen, since) in zip(states, self._seen, strict=True)
@@ -163,6 +161,8 @@ class Keeper:
         self._deaths: Counter[int] = Counter()
         self._poisoned: set[int] = set()
         self._failures = 0
+        # how many requests all servers had begun, and since when they begin none although some wait
+        self._begun, self._idle_since = 0, time.monotonic()
         self._inherited = 0  # looks at which servers of a keeper that has died may still be there
 
     def run(self, started: Callable[[], None] = lambda: None) -> bool:
@@ -297,8 +297,11 @@ class Keeper:
             self._send_again()
         now = time.monotonic()
         waiting = _is_readable(self._fd)
+        begun = sum(process.begun for process in self._processes.values())
+        if not waiting or begun != self._begun:
+            self._begun, self._idle_since = begun, now
         for process in self._processes.values():
-            longest = process.longest(waiting, now)
+            longest = max(process.longest(now), now - self._idle_since)
             wanted = waiting or process.is_busy
             process.stopped = process.stopped + 1 if wanted and _is_stopped(process.pid) else 0
             if process.stopped >= STOPPED_FOR or longest > self._patience:

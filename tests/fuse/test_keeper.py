@@ -251,6 +251,37 @@ def test_a_request_that_kills_every_server_fails(where: Path, tmp_path: Path) ->
     assert len((where / "size-4096").read_bytes()) == 4096
 
 
+STUCK = """
+import sys, time
+from pyerofs.system import keeper
+from pyerofs_fuse.direct import server
+from pyerofs_fuse.cli import run
+keeper.Keeper.__init__.__kwdefaults__["patience"] = 0.5
+read = server.DirectServer._read
+def stuck(self, request):
+    if self._answers.inode(request.node).size == 4097:
+        time.sleep(1000)
+    return read(self, request)
+server.DirectServer._read = stuck
+sys.argv[0] = sys.argv[1]
+del sys.argv[1]
+run()
+"""
+
+
+def test_a_request_that_every_server_is_stuck_at_fails(where: Path, tmp_path: Path) -> None:
+    program = tmp_path / "stuck.py"
+    program.write_text(STUCK)
+    done = subprocess.run(
+        [sys.executable, program, COMMAND, IMAGE, where], capture_output=True, timeout=30
+    )
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(OSError) as caught:
+        (where / "size-4097").read_bytes()
+    assert caught.value.errno == errno.EIO
+    assert len((where / "size-4096").read_bytes()) == 4096
+
+
 BROKEN = """
 import os, sys
 from pyerofs_fuse.direct import server
