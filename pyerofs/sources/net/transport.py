@@ -140,6 +140,7 @@ class Transport:
 
         self.insecure = insecure
         self.traffic = Traffic()
+        _quieten()
         self._client = httpx.AsyncClient(
             transport=Pools(_tls(insecure, cacert), MAX_CONNECTIONS),
             timeout=httpx.Timeout(IDLE_TIMEOUT, connect=CONNECT_TIMEOUT, pool=None),
@@ -305,6 +306,16 @@ async def pause(e: Transient, failures: int, attempts: int, deadline: float) -> 
         raise e
     log.info("%s; trying again in %.1f s", e, delay)
     await trio.sleep(delay)
+
+
+def _quieten() -> None:
+    """Keep httpx and httpcore, which log whole URLs and headers (signatures, tokens), from logging
+    below WARNING, unless the application has set their levels itself.  Done when a far source is
+    opened; importing the library changes no logger."""
+    for name in ("httpx", "httpcore"):
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.WARNING)
 
 
 def failure(shown: str, e: Exception) -> SourceError:
