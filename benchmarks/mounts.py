@@ -156,7 +156,7 @@ def measure(kind: Probes, images: dict[str, Path], args: Any, report: Report) ->
     for number in range(args.rounds):
         for what, probe in probes.items():
             say(f"round {number + 1} of {args.rounds}: {what}")
-            systems.append(systems.pop(0))  # nobody is always the first
+            systems.append(systems.pop(0))  # no system is measured first in every round
             for name, image in images.items():
                 for system in systems:
                     one(system, image, name, probe, args, report)

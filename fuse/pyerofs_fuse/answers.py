@@ -20,10 +20,10 @@ from pyerofs.format.model import HOLE, Dirent, Inode
 from pyerofs.format.ondisk import FT_DIR, NAME_LEN
 from pyerofs.format.volume import Volume
 from pyerofs.sources.base import Buffer
+from pyerofs.system.fuse.wire import ROOT_NODE
 
 log = logging.getLogger("pyerofs-fuse")
 
-ROOT_NODE = 1
 MAX_INODES = 4096  # in the cache: requests for one inode come in bursts
 MAX_REPORTED = 1024  # damaged inodes that are remembered, so that each is logged once
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -84,8 +83,7 @@ def _engine(options: Options, spec: SourceSpec, report: Report) -> Callable[[Job
     if name is None:
         from pyerofs.sources.open import is_near
 
-        far = not is_near(spec)
-        name = "pyfuse3" if far and importlib.util.find_spec("pyfuse3") else "direct"
+        name = "direct" if is_near(spec) or not _has_pyfuse3() else "pyfuse3"
     if name == "direct":
         from pyerofs_fuse.direct.life import run
     else:
@@ -94,3 +92,9 @@ def _engine(options: Options, spec: SourceSpec, report: Report) -> Callable[[Job
         except ImportError as e:
             report.failed(f"{e}; is pyfuse3 installed?  (pip install 'pyerofs[fuse]')")
     return run
+
+
+def _has_pyfuse3() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("pyfuse3") is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import stat
@@ -57,6 +58,8 @@ def tune() -> None:
         2e-4
     )  # a finished decoder thread waits no longer for the GIL than a request takes
     keep_freed_memory()
+    gc.collect()
+    gc.freeze()  # later collections need not look at what was made at start-up, which stays
 
 
 def _is_ours(mountpoint: str) -> bool:

@@ -148,7 +148,7 @@ class Serve:
 
 @dataclass(frozen=True)
 class ListDevices:
-    """ListDevices all devices."""
+    """List all devices."""
 
     json: bool
 

@@ -73,13 +73,18 @@ class StatusFile:
         self._folder = _opened(directory(), os.getuid(), create=True)
         self._fd = self._folder.open_file(self._name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         self._written = b""
+        self._fetched: dict[int, int] = {}
         fcntl.flock(self._fd, fcntl.LOCK_EX)
 
     def write(self, sources: list[dict[str, Any]], **facts: float) -> None:
-        """Write the status of each source, and what else is known now: ``fetching`` (bytes a second),
-        ``protected`` (whether another server would follow if this one died).  A full disk is ignored,
-        since the status is optional."""
-        text = json.dumps(self._about | {"sources": sources} | facts).encode()
+        """Write the status of each source, and how many bytes a second they have fetched since the last
+        call, PERIOD ago.  ``facts``: what else is known now, such as ``protected`` (whether another
+        server would follow if this one died).  A full disk is ignored, since the status is optional."""
+        fetched = {i: int(s.get("fetched", 0)) for i, s in enumerate(sources)}
+        rate = sum(n - self._fetched.get(i, n) for i, n in fetched.items()) / PERIOD
+        self._fetched = fetched
+        about = self._about | {"sources": sources, "fetching": rate} | facts
+        text = json.dumps(about).encode()
         if len(text) < SIZE and text != self._written:
             self._written = text
             try:
@@ -103,13 +108,8 @@ async def publish(about: dict[str, Any], sources: Callable[[], list[dict[str, An
     except OSError:
         await trio.sleep_forever()
     try:
-        last: dict[str, int] = {}
         while True:
-            now = sources()
-            fetched = {str(i): int(s.get("fetched", 0)) for i, s in enumerate(now)}
-            rate = sum(n - last.get(i, n) for i, n in fetched.items()) / PERIOD
-            file.write(now, fetching=rate)
-            last = fetched
+            file.write(sources())
             await trio.sleep(PERIOD)
     finally:
         file.close()

@@ -221,10 +221,33 @@ def test_what_the_processes_have_open(mount: Path) -> None:
         }
 
 
+def mount_altered(change: str, where: Path, tmp_path: Path) -> None:
+    """Mount by a command that has changed its own code before it runs."""
+    program = tmp_path / "altered.py"
+    program.write_text(
+        "import os, sys, time\n"
+        "from pyerofs.system import keeper\n"
+        "from pyerofs_fuse.cli import run\n"
+        "from pyerofs_fuse.direct import server\n"
+        f"{change}\n"
+        "sys.argv[:2] = sys.argv[1:2]\n"
+        "run()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, program, COMMAND, IMAGE, where], capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def assert_that_file_fails(where: Path) -> None:
+    """One file fails, the others do not."""
+    with pytest.raises(OSError) as caught:
+        (where / "size-4097").read_bytes()
+    assert caught.value.errno == errno.EIO
+    assert len((where / "size-4096").read_bytes()) == 4096
+
+
 DEADLY = """
-import os, sys
-from pyerofs_fuse.direct import server
-from pyerofs_fuse.cli import run
 read = server.DirectServer._read
 def deadly(self, request):
     inode = self._answers.inode(request.node)
@@ -232,30 +255,15 @@ def deadly(self, request):
         os.kill(os.getpid(), 11)
     return read(self, request)
 server.DirectServer._read = deadly
-sys.argv[0] = sys.argv[1]
-del sys.argv[1]
-run()
 """
 
 
 def test_a_request_that_kills_every_server_fails(where: Path, tmp_path: Path) -> None:
-    program = tmp_path / "deadly.py"
-    program.write_text(DEADLY)
-    done = subprocess.run(
-        [sys.executable, program, COMMAND, IMAGE, where], capture_output=True, timeout=30
-    )
-    assert done.returncode == 0, done.stderr
-    with pytest.raises(OSError) as caught:
-        (where / "size-4097").read_bytes()
-    assert caught.value.errno == errno.EIO
-    assert len((where / "size-4096").read_bytes()) == 4096
+    mount_altered(DEADLY, where, tmp_path)
+    assert_that_file_fails(where)
 
 
 STUCK = """
-import sys, time
-from pyerofs.system import keeper
-from pyerofs_fuse.direct import server
-from pyerofs_fuse.cli import run
 keeper.Keeper.__init__.__kwdefaults__["patience"] = 0.5
 read = server.DirectServer._read
 def stuck(self, request):
@@ -263,42 +271,21 @@ def stuck(self, request):
         time.sleep(1000)
     return read(self, request)
 server.DirectServer._read = stuck
-sys.argv[0] = sys.argv[1]
-del sys.argv[1]
-run()
 """
 
 
 def test_a_request_that_every_server_is_stuck_at_fails(where: Path, tmp_path: Path) -> None:
-    program = tmp_path / "stuck.py"
-    program.write_text(STUCK)
-    done = subprocess.run(
-        [sys.executable, program, COMMAND, IMAGE, where], capture_output=True, timeout=30
-    )
-    assert done.returncode == 0, done.stderr
-    with pytest.raises(OSError) as caught:
-        (where / "size-4097").read_bytes()
-    assert caught.value.errno == errno.EIO
-    assert len((where / "size-4096").read_bytes()) == 4096
+    mount_altered(STUCK, where, tmp_path)
+    assert_that_file_fails(where)
 
 
 BROKEN = """
-import os, sys
-from pyerofs_fuse.direct import server
-from pyerofs_fuse.cli import run
 server.DirectServer.run = lambda self, what: os._exit(9)
-sys.argv[0] = sys.argv[1]
-del sys.argv[1]
-run()
 """
 
 
 def test_servers_that_never_start(where: Path, tmp_path: Path) -> None:
-    program = tmp_path / "broken.py"
-    program.write_text(BROKEN)
-    subprocess.run(
-        [sys.executable, program, COMMAND, IMAGE, where], capture_output=True, timeout=60
-    )
+    mount_altered(BROKEN, where, tmp_path)
     assert wait_until(lambda: not daemons(where))
     with pytest.raises(OSError) as caught:
         os.listdir(where)

@@ -20,10 +20,10 @@ class Bell:
 
     def __init__(self, fd: int, assistants: int) -> None:
         """``fd``: /dev/fuse."""
-        self._fd = fd
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self._asleep = mmap.mmap(-1, max(assistants, 1))  # 1 for each assistant that sleeps
-        self._poll = _poll(fd)
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
 
     def ring(self, cost: float) -> None:
         """Wake an assistant that sleeps, if requests wait or ``cost`` (nanoseconds that the one in hand
@@ -35,17 +35,10 @@ class Bell:
     def wait(self, number: int) -> None:
         """Called by an assistant, numbered from 0: wait until there is a request to read, or was one
         a moment ago."""
-        poll = _poll(self._fd)
         asleep = self._asleep
-        while not poll.poll(LINGER):
+        while not self._poll.poll(LINGER):
             asleep[number] = 1
             try:
                 os.eventfd_read(self._event)
             finally:
                 asleep[number] = 0
-
-
-def _poll(fd: int) -> select.poll:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return poll

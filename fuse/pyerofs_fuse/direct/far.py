@@ -96,8 +96,8 @@ def _identity(image: Image) -> dict[str, str]:
 
 
 def prefetch(image: Image, paths: Sequence[str]) -> None:
-    """Have the data of files fetched while nobody waits for the network, in a thread.  Paths that fail
-    are logged and skipped."""
+    """Have the sources fetch the data of files while no reader waits for the network.  A thread sends
+    the hints; it logs and skips paths that fail."""
 
     def work() -> None:
         for path in paths:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import logging
 import os
 import signal
@@ -13,7 +12,8 @@ from contextlib import contextmanager
 from pyerofs.errors import CorruptImage, ErofsError, UnsupportedFeature
 from pyerofs.format import tree
 from pyerofs.image import Image
-from pyerofs.sources.open import is_near, open_sources
+from pyerofs.image import open as open_image
+from pyerofs.sources.open import is_near
 from pyerofs.system import keeper
 from pyerofs.system.daemon import STOPS, heeded
 from pyerofs.system.fuse import mounting, wire
@@ -63,13 +63,11 @@ def run(job: Job) -> None:
 def _run_near(job: Job) -> None:
     """An image on this machine is opened once; servers inherit it."""
     servers = min(len(os.sched_getaffinity(0)), MAX_SERVERS)
-    image = Image(open_sources(job.spec, 0, ()), job.options.cache_size // servers)
+    image = open_image(job.spec, cache_size=job.options.cache_size // servers)
     live = Live(job)
     bell = Bell(live.fd, servers - 1) if servers > 1 else None
     answers = Answers(image.volume)
     tune()
-    gc.collect()
-    gc.freeze()  # what was made until now stays, so later collections need not look at it
 
     def serve(server: keeper.Server) -> None:
         live.leave()

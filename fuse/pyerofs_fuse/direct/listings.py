@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
+from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from pyerofs.format.memory import ByteCache
 from pyerofs.format.model import Dirent, Inode
@@ -35,7 +36,8 @@ class Form(Enum):
     FULL = "full"  # READDIRPLUS, with attributes
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Block:
     """The encoded entries of one directory block."""
 
     cookies: list[int]  # of the entry after each
@@ -62,7 +64,7 @@ class Listings:
         blocks = self._answers.blocks_of(parent)
         while index <= blocks:
             block = self._block(parent, index, form)
-            first = bisect_right(block.cookies, index * size + inside) if inside else 0
+            first = bisect_right(block.cookies, cookie) if inside else 0
             start = block.ends[first - 1] if first else 0
             last = bisect_right(block.ends, start + room)
             if last > first:

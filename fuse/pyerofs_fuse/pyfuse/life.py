@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -55,8 +54,6 @@ async def _serve(job: Job, operations: Operations) -> None:
             operations.attach(image)
             with mounted(operations, job.options, job.spec.name):
                 tune()
-                gc.collect()
-                gc.freeze()  # exclude objects made at start-up, which stay, from later collections
                 await _answer(job, operations, image, signals)
             if job.options.record is not None:
                 await _write_record(image, operations.opened, job.options.record)

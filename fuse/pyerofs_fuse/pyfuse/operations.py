@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
@@ -24,7 +23,7 @@ from pyerofs.aio import AsyncFile, AsyncImage, Pending
 from pyerofs.errors import ErofsError
 from pyerofs.format.memory import Fault
 from pyerofs.format.model import Dirent, Inode
-from pyerofs.format.ondisk import MODE_OF_FT
+from pyerofs.format.ondisk import DIRENT, MODE_OF_FT
 from pyerofs.sources.base import Buffer
 from pyerofs_fuse.answers import Answers, Refused
 
@@ -230,9 +229,8 @@ class Operations(pyfuse3.Operations):
         parent = self.answers.directory(node)
         index, inside = divmod(cookie, self.answers.volume.sb.directory_block_size)
         if index < self.answers.blocks_of(parent):
-            entries = self.answers.entries(parent, index)
-            first = bisect_right(entries, cookie, key=lambda e: e.cookie) if inside else 0
-            found = entries[first : first + ENTRIES_AT_ONCE]
+            first = -(-inside // DIRENT.size)
+            found = self.answers.entries(parent, index, first)[:ENTRIES_AT_ONCE]
         else:
             dot = self.answers.dot(parent)
             found = [dot] if dot is not None and not inside else []

@@ -110,7 +110,6 @@ WANTED = (
 
 FOPEN_KEEP_CACHE = 1 << 1  # OPEN: pages that are cached stay valid
 FOPEN_CACHE_DIR = 1 << 3  # OPENDIR: the kernel caches the listing (7.28)
-GETATTR_FLAG_FH = 1 << 0
 RESENT = 1 << 63  # of ``unique``: the request was sent before; replies repeat the bit
 NOTIFY_RESEND = 7  # 7.40: send all requests again that have not been answered
 
