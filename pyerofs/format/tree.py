@@ -277,7 +277,7 @@ def paths_of(vol: Volume, nids: Collection[int]) -> list[str]:
     found: dict[int, str] = {}
     for place, entry, inode in walk(vol, vol.root or root(vol)):
         if inode.nid in wanted:
-            found.setdefault(inode.nid, shown_path(place, entry.name))
+            found.setdefault(inode.nid, "/" + decode(place.path(entry.name)))
             if len(found) == len(wanted):
                 break
     return [found[nid] for nid in nids if nid in found]

@@ -9,10 +9,12 @@ import pytest
 
 import pyerofs
 from pyerofs import Image
+from pyerofs.format import tree
 from pyerofs.format.tree import MAX_SYMLINKS
 from pyerofs.sources import MemorySource
 from tests import handmade as hm
-from tests.helpers import directory, handmade, symlink
+from tests.helpers import directory, handmade, open_golden, symlink
+from tests.manifests import golden
 
 FILE, DIR, LINK = 1, 2, 7
 
@@ -204,3 +206,14 @@ def test_in_the_middle_of_many_blocks() -> None:
             assert image.lookup(name).nid == 2
             assert not image.exists(name + b"\x01")
             assert not image.exists(name[:-1] + b"\x01")
+
+
+def test_paths_of_inodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole paths, in the order asked for, however messages would shorten them."""
+    monkeypatch.setattr(tree, "MAX_PATH", 10)
+    monkeypatch.setattr(tree, "ENDS", 2)
+    with open_golden(golden("lz4")) as image:
+        deep = "".join(f"/deep{n}" for n in range(12)) + "/bottom"
+        wanted = ["/text", deep, "/many"]
+        nids = [image.lookup(path).nid for path in wanted]
+        assert tree.paths_of(image.volume, [*nids, 1 << 40]) == wanted
