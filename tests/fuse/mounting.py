@@ -192,10 +192,10 @@ def kill(where: Path) -> list[int]:
 def keeper(where: Path) -> int:
     """The process of a mount that all others come from."""
     pids = daemons(where)
-    return next((pid for pid in pids if _parent(pid) not in (*pids, 0)), 0)
+    return next((pid for pid in pids if parent(pid) not in (*pids, 0)), 0)
 
 
-def _parent(pid: int) -> int:
+def parent(pid: int) -> int:
     with suppress(OSError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return 0

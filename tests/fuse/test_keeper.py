@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,11 +20,13 @@ import pytest
 
 from tests.fuse.mounting import (
     COMMAND,
+    PATIENCE,
     daemons,
     is_mounted,
     keeper,
     kill,
     mounted,
+    parent,
     unmount,
     wait_until,
 )
@@ -290,3 +293,22 @@ def test_servers_that_never_start(where: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught:
         os.listdir(where)
     assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+
+
+def test_the_first_server_dies_while_it_opens_a_far_image(where: Path) -> None:
+    """The command says so, instead of waiting for a report that will not come."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/image"
+        command = [os.fspath(COMMAND), "--engine=direct", url, os.fspath(where)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert wait_until(lambda: is_mounted(where))
+            connection, _ = silent.accept()  # a server is opening the image
+            with connection:
+                daemon = next(pid for pid in daemons(where) if parent(pid) == process.pid)
+                (server,) = (pid for pid in daemons(where) if parent(pid) == daemon)
+                os.kill(server, signal.SIGKILL)
+                _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert errors == f"pyerofs-fuse: {url}: the server died while it opened the image\n"
+    assert not is_mounted(where)
+    assert wait_until(lambda: not daemons(where))

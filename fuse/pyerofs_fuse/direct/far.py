@@ -74,12 +74,16 @@ class FarImage:
     def wait(self) -> None:
         """Called in the keeper: wait until the first server has opened the image.
 
-        Raises OpenFailed; KeyboardInterrupt on a stop signal, which must be blocked."""
+        Raises OpenFailed; KeyboardInterrupt on a stop signal.  These signals and SIGCHLD must be
+        blocked."""
         poll = select.poll()
         poll.register(self._reports, select.POLLIN)
         while not poll.poll(100):
-            if signal.sigpending() & {*heeded(*STOPS)}:
+            pending = signal.sigpending()
+            if pending & {*heeded(*STOPS)}:
                 raise KeyboardInterrupt
+            if signal.SIGCHLD in pending and not poll.poll(0):
+                raise OpenFailed(f"{self._spec.name}: the server died while it opened the image")
         found = json.loads(os.read(self._reports, MAX_REPORT))
         if "error" in found:
             raise OpenFailed(found["error"])
