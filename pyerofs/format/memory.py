@@ -141,6 +141,7 @@ class Memory(ABC):
         self._decoder = Decoder()
         self._metabox_size = 0
         self._read_metabox: Callable[[int, int], Buffer] | None = None
+        self._recent: tuple[int | None, Buffer] = (None, b"")  # key and window that were used last
         self.decodes = 0  # pclusters decoded so far
 
     def decode_with(self, decoder: Decoder) -> None:
@@ -159,10 +160,11 @@ class Memory(ABC):
         buffer.
 
         Raises CorruptImage if they reach beyond the device, SourceError, or Fault (FaultingMemory)."""
-        index = offset >> WINDOW_BITS
-        window = self.windows.get(index * DEVICES + device)
-        if window is None:
-            window = self._window(device, index)
+        key = (offset >> WINDOW_BITS) * DEVICES + device
+        recent, window = self._recent
+        if key != recent:
+            window = self.windows.get(key) or self._window(device, offset >> WINDOW_BITS)
+            self._recent = key, window
         pos = offset & WINDOW_SIZE - 1
         if offset >= 0 and pos + length <= len(window):
             return window, pos

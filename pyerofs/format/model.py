@@ -13,6 +13,8 @@ from pyerofs.format import ondisk
 
 NULL_BLOCK = -1  # ``Inode.start`` of a flat file that is one hole
 
+_COMPRESSED = (ondisk.LAYOUT_COMPRESSED_FULL, ondisk.LAYOUT_COMPRESSED_COMPACT)
+
 HOLE, PLAIN, META, ENCODED, FRAGMENT = range(5)
 KIND_NAMES = ("hole", "plain", "inline", "encoded", "fragment")
 
@@ -157,7 +159,7 @@ class Inode:
 
     @property
     def is_compressed(self) -> bool:
-        return self.layout in (ondisk.LAYOUT_COMPRESSED_FULL, ondisk.LAYOUT_COMPRESSED_COMPACT)
+        return self.layout in _COMPRESSED
 
     @property
     def mtime_ns(self) -> int:

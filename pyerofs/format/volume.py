@@ -18,6 +18,7 @@ class Volume:
     Raises ErofsError if any other number differs from the device table's."""
 
     __slots__ = (
+        "_inodes",
         "extra_devices",
         "known",
         "memory",
@@ -35,6 +36,7 @@ class Volume:
                 " (pass each with --device, in order)"
             )
         self.sb = sb
+        self._inodes = sb.meta_blkaddr << sb.block_bits  # where the inode with nid 0 would lie
         self.memory = memory
         self.extra_devices = extra_devices
         self.metabox: Inode | None = None
@@ -59,7 +61,7 @@ class Volume:
         """The (pseudo) device and the byte offset of an inode."""
         if nid >> NID_METABOX_BIT:
             return METABOX, (nid & NID_MASK) << ISLOT_BITS
-        return 0, (self.sb.meta_blkaddr << self.sb.block_bits) + (nid << ISLOT_BITS)
+        return 0, self._inodes + (nid << ISLOT_BITS)
 
     def locate(self, device: int, address: int, nid: int) -> tuple[int, int]:
         """Translate a device id and byte address of the image to those of an available source.

@@ -29,6 +29,7 @@ from pyerofs.format.ondisk import (
     ALG_INTERLACED,
     EXTENT_PLEN_MASK,
     EXTENT_PLEN_PARTIAL,
+    FRAGMENT_INODE_BIT,
     LCLUSTER_HEAD1,
     LCLUSTER_HEAD2,
     LCLUSTER_NONHEAD,
@@ -42,6 +43,7 @@ from pyerofs.format.volume import Volume
 # A decoded pcluster has at most 12 MiB in lclusters of at least 512 bytes.
 MAX_STEPS = PCLUSTER_MAX_DSIZE >> ondisk.MIN_BLKSZBITS
 
+_HEADER = ondisk.MAP_HEADER.unpack_from  # a MapHeader's fields
 _INDEX = ondisk.LCLUSTER_INDEX.unpack_from
 
 # Packs of a compact index, by number of entries: bytes, bits per entry, mask with a 1 per entry.
@@ -87,26 +89,26 @@ def header(vol: Volume, inode: Inode) -> CompressionMap:
     ``inode.zmap``."""
     at = (inode.data + 7) & ~7
     buffer, pos = vol.memory.at(inode.device, at, 8)
-    h = ondisk.MapHeader._make(ondisk.MAP_HEADER.unpack_from(buffer, pos))
+    low, advise, algorithms, bits = _HEADER(buffer, pos)
     z = CompressionMap()
     z.base = at + 8
-    z.advise = h.h_advise
-    z.lcluster_bits = vol.sb.block_bits + (h.h_clusterbits & 15)
-    z.algorithms = (h.h_algorithmtype & 15, h.h_algorithmtype >> 4)
+    z.advise = advise
+    z.lcluster_bits = vol.sb.block_bits + (bits & 15)
+    z.algorithms = (algorithms & 15, algorithms >> 4)
     z.record_size = z.extents = z.inline_size = z.inline_address = 0
     z.fragment = z.tail_head = -1
     z.pack = (-1, 0, 0)
     z.last = None
-    z.whole = bool(h.h_clusterbits >> ondisk.FRAGMENT_INODE_BIT)
+    z.whole = bool(bits >> FRAGMENT_INODE_BIT)
     if z.whole:
         address = int.from_bytes(buffer[pos : pos + 8], "little") ^ 1 << 63
         z.last = Extent(0, inode.size, FRAGMENT, address=address)
         inode.zmap = z
         return z
-    if inode.layout == ondisk.LAYOUT_COMPRESSED_FULL and h.h_advise & ADVISE_EXTENTS:
-        shift = h.h_advise >> ondisk.ADVISE_EXTRECSZ_SHIFT & ondisk.ADVISE_EXTRECSZ_MASK
+    if inode.layout == ondisk.LAYOUT_COMPRESSED_FULL and advise & ADVISE_EXTENTS:
+        shift = advise >> ondisk.ADVISE_EXTRECSZ_SHIFT & ondisk.ADVISE_EXTRECSZ_MASK
         z.record_size = 4 << shift
-        z.extents = h.h_lo | h.h_algorithmtype << 32 | h.h_clusterbits << 40
+        z.extents = low | algorithms << 32 | bits << 40
         z.base = (z.base + z.record_size - 1) & ~(z.record_size - 1)
         z.running = (-1, 0)
         inode.zmap = z
@@ -129,9 +131,9 @@ def header(vol: Volume, inode: Inode) -> CompressionMap:
     else:
         z.base += 8  # full indexes start 8 bytes after the header
     if z.advise & ADVISE_FRAGMENT_PCLUSTER:
-        z.fragment = h.h_lo
+        z.fragment = low
     elif z.advise & ADVISE_INLINE_PCLUSTER:
-        z.inline_size = h.h_lo >> 16
+        z.inline_size = low >> 16
     if inode.size and (z.fragment >= 0 or z.inline_size):
         _find_tail(vol, inode, z)
     inode.zmap = z
