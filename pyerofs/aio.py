@@ -402,7 +402,7 @@ class AsyncImage:
         if extent.kind == FRAGMENT:
             packed = await self.call(data.packed_inode, self.volume, inode)
             found = await self.read_data(packed, extent.address + skip, length)
-            data.check_fragment(inode, found, length)
+            data.check_fragment(inode, len(found), length)
             return found
         again = partial(data.piece, self.volume, inode, extent, skip, length)
         return await (self.call(again) if fault is None else self.resume(fault, again))

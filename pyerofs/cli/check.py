@@ -4,13 +4,16 @@ Opening the image verifies the superblock and its checksum.  Then every inode re
 root is read: directories must be sorted, free of duplicates and loops, with entries whose types
 match; link counts must equal the number of names; xattrs must parse and agree with the name filter;
 every pcluster must decode to its length.  Problems are collected, not fatal.
+
+With ``--metadata`` no file data and no link target is read: instead, the extents of a file must
+cover it and lie within what holds its bytes.
 """
 
 from __future__ import annotations
 
 import argparse
-import stat
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -34,9 +37,9 @@ MAX_PROBLEMS = 10_000  # further ones are dropped
 
 def check(args: argparse.Namespace) -> int:
     """Check the image; exit status 1 if there are problems."""
-    with open_image(args, whole=True) as image:
+    with open_image(args, whole=not args.metadata) as image:
         progress = Progress("checking", image.superblock.inodes, quiet=args.quiet or args.json)
-        checker = Checker(image, progress)
+        checker = Checker(image, progress, data=not args.metadata)
         try:
             checker.run()
         finally:
@@ -45,6 +48,7 @@ def check(args: argparse.Namespace) -> int:
     if args.json:
         print_json(
             {
+                "checked": "metadata" if args.metadata else "everything",
                 "inodes": checker.inodes,
                 "bytes": checker.bytes,
                 "problems": [asdict(p) for p in problems],
@@ -54,8 +58,8 @@ def check(args: argparse.Namespace) -> int:
     for problem in problems:
         print(f"{printable(problem.path)}: {problem.what}{problem.where}")
     print(
-        f"{checker.inodes} inodes, {checker.bytes} bytes of file data,"
-        f" {len(problems) or 'no'} problems"
+        f"{checker.inodes} inodes, {checker.bytes} bytes of file data"
+        f"{' (not read)' if args.metadata else ''}, {len(problems) or 'no'} problems"
     )
     return 1 if problems else 0
 
@@ -81,7 +85,8 @@ class Problem:
 
 # path of a directory (None: not in a directory), (name, nid) of entries in it
 FileGroup = tuple[bytes | None, list[tuple[bytes, int]]]
-Found = tuple[list[Problem], int, int]  # problems, bytes, files on missing devices
+Found = tuple[list[Problem], int]  # problems, files on missing devices
+Subdirectory = tuple[Place, Inode, int]  # the last: the nid that its ``..`` has to lead to
 
 
 class Checker:
@@ -89,20 +94,40 @@ class Checker:
 
     _workers: Workers[FileGroup, Found] | Threads[FileGroup, Found]  # check data and xattrs
 
-    def __init__(self, image: Image, progress: Progress) -> None:
+    def __init__(self, image: Image, progress: Progress, *, data: bool) -> None:
+        """``data``: read all file data and link targets, too."""
         self._image = image
         self._vol = image.volume
         self._progress = progress
+        self._read_data = data
         self._lock = threading.Lock()
-        self._links: dict[int, int] = {}  # nid -> names found
-        self._inodes: dict[int, tuple[Place, bytes, int]] = {}  # first name and link count, by nid
+        self._files: dict[int, tuple[Place, bytes, int]] = {}  # first name and link count, by nid
+        self._further: Counter[int] = Counter()  # nid -> names found after the first
         self.problems: list[Problem] = []
         self.inodes = 0
-        self.bytes = 0
+        self.bytes = 0  # of all files
         self.unread = 0  # files on missing devices
 
     def run(self) -> None:
         """Check everything; fills ``problems``."""
+        if self._read_data:
+            self._share_work()
+        else:
+            self._walk()
+            self._special()
+        if self.unread:
+            self._add("", f"{self.unread} files are on missing devices", None)
+        del self.problems[MAX_PROBLEMS:]
+        for nid, (place, name, nlink) in self._files.items():
+            if nlink != 1 + self._further.get(nid, 0):
+                self._add(
+                    tree.shown_path(place, name),
+                    f"link count {nlink}, {1 + self._further[nid]} names found",
+                    nid,
+                )
+
+    def _share_work(self) -> None:
+        """Walk the tree here while workers read its files."""
         self._workers = hire(self._batch, self._found, self._image.superblock.inodes)
         try:
             self._walk()
@@ -111,23 +136,12 @@ class Checker:
             pass  # close raises the cause
         finally:
             results = self._workers.close()
-        for problems, size, unread in results:
+        for problems, unread in results:
             self.problems += problems
-            self.bytes += size
             self.unread += unread
-        if self.unread:
-            self._add("", f"{self.unread} files are on missing devices", None)
-        del self.problems[MAX_PROBLEMS:]
-        for nid, (place, name, nlink) in self._inodes.items():
-            if self._links[nid] != nlink:
-                self._add(
-                    tree.shown_path(place, name),
-                    f"link count {nlink}, {self._links[nid]} names found",
-                    nid,
-                )
 
     def _found(self) -> Found:
-        return self.problems, self.bytes, self.unread
+        return self.problems, self.unread
 
     def _add(self, path: str, what: str, nid: int | None, offset: int | None = None) -> None:
         with self._lock:
@@ -144,14 +158,16 @@ class Checker:
         else:
             self._add(path, str(e), nid)
 
+    # directories ------------------------------------------------------------------------
+
     def _walk(self) -> None:
+        """Check all directories, and have all files checked."""
         root = self._image.root
-        stack: list[tuple[Place, Inode, int]] = [(Place(), root, root.nid)]
         seen: set[int] = set()
+        stack: list[Subdirectory] = [(Place(), root, root.nid)]
         while stack:
             place, here, parent = stack.pop()
-            shown = place.shown()
-            path = "/" + tree.decode(shown)
+            path = tree.shown_path(place)
             self.inodes += 1
             self._progress.advance()
             try:
@@ -160,41 +176,39 @@ class Checker:
                 self._caught(path, e, here.nid)
                 continue
             self._xattrs(path, here)
-            subdirectories = 0
-            batch: list[tuple[bytes, int]] = []
-            size = 0
-            for entry in self._entries(path, here, parent):
-                try:
-                    child = inodes.load(self._vol, entry.nid)
-                except ErofsError as e:
-                    self._caught(tree.shown_path(place, entry.name), e, entry.nid)
-                    continue
-                if stat.S_IFMT(child.mode) != ondisk.MODE_OF_FT.get(entry.file_type):
-                    found = tree.file_type(child)
-                    self._add(
-                        tree.shown_path(place, entry.name),
-                        f"entry of type {entry.file_type} for a {found}",
-                        child.nid,
-                    )
-                if child.is_dir:
-                    subdirectories += 1
-                    stack.append((Place(place, entry.name), child, here.nid))
-                    continue
-                names = self._links.get(child.nid, 0)
-                self._links[child.nid] = names + 1
-                if names:
-                    continue
-                self._inodes[child.nid] = (place, entry.name, child.nlink)
-                batch.append((entry.name, child.nid))
+            found = self._directory(place, path, here, parent)
+            if here.nlink != len(found) + 2 and here.nlink != 1:
+                self._add(path, f"link count {here.nlink}, {len(found)} subdirectories", here.nid)
+            stack += found
+
+    def _directory(self, place: Place, path: str, here: Inode, parent: int) -> list[Subdirectory]:
+        """Check a directory's entries and have its files checked; returns its subdirectories."""
+        shown = place.shown()
+        found: list[Subdirectory] = []
+        batch: list[tuple[bytes, Inode]] = []
+        size = 0
+        for name, nid, file_type, _ in self._entries(path, here, parent):
+            try:
+                child = inodes.load(self._vol, nid)
+            except ErofsError as e:
+                self._caught(tree.shown_path(place, name), e, nid)
+                continue
+            if child.mode & 0o170000 != ondisk.MODE_OF_FT.get(file_type):
+                what = f"entry of type {file_type} for a {tree.file_type(child)}"
+                self._add(tree.shown_path(place, name), what, nid)
+            if child.is_dir:
+                found.append((Place(place, name), child, here.nid))
+            elif nid in self._files:
+                self._further[nid] += 1
+            else:
+                self._files[nid] = (place, name, child.nlink)
+                batch.append((name, child))
                 size += child.size
                 if len(batch) >= BATCH_FILES or size >= BATCH_BYTES:
                     self._submit(shown, batch)
                     batch, size = [], 0
-            self._submit(shown, batch)
-            if here.nlink != subdirectories + 2 and here.nlink != 1:
-                self._add(
-                    path, f"link count {here.nlink}, {subdirectories} subdirectories", here.nid
-                )
+        self._submit(shown, batch)
+        return found
 
     def _entries(self, path: str, here: Inode, parent: int) -> Iterator[Dirent]:
         """A directory's entries except ``.`` and ``..``, which are checked here.  After MAX_BAD bad
@@ -210,16 +224,19 @@ class Checker:
                 block = []
                 bad += 1
             for entry in block:
-                if entry.name <= last or entry.name == highest:
-                    self._caught(path, tree.disorder(entry.name, last, here), here.nid)
-                    bad += 1
-                highest = max(highest, entry.name)
-                last = entry.name
-                if entry.name in (b".", b".."):
-                    dots.add(entry.name)
-                    if entry.nid != (here.nid if entry.name == b"." else parent):
-                        name = entry.name.decode()
-                        self._add(path, f"'{name}' leads to nid {entry.nid}", here.nid)
+                name = entry.name
+                if name <= highest:
+                    if name <= last or name == highest:
+                        self._caught(path, tree.disorder(name, last, here), here.nid)
+                        bad += 1
+                else:
+                    highest = name
+                last = name
+                if name == b"." or name == b"..":
+                    dots.add(name)
+                    if entry.nid != (here.nid if name == b"." else parent):
+                        what = f"'{name.decode()}' leads to nid {entry.nid}"
+                        self._add(path, what, here.nid)
                 else:
                     yield entry
             if bad >= MAX_BAD:
@@ -228,53 +245,68 @@ class Checker:
             if dot not in dots and not (dot == b"." and here.dot_omitted):
                 self._add(path, f"no '{dot.decode()}' entry", here.nid)
 
+    # files ------------------------------------------------------------------------------
+
     def _special(self) -> None:
         """Check the packed and metabox inodes, which no directory contains."""
         sb = self._vol.sb
         for name, nid in ((b"<packed inode>", sb.packed_nid), (b"<metabox inode>", sb.metabox_nid)):
-            if nid:
-                self._submit(None, [(name, nid)])
+            if not nid:
+                continue
+            try:
+                self._submit(None, [(name, inodes.load(self._vol, nid))])
+            except ErofsError as e:
+                self._caught(tree.decode(name), e, nid)
 
-    def _submit(self, here: bytes | None, names: list[tuple[bytes, int]]) -> None:
-        if names:
-            self._workers.submit((here, names))
-            self.inodes += len(names)
-            self._progress.advance(len(names))
+    def _submit(self, here: bytes | None, files: list[tuple[bytes, Inode]]) -> None:
+        """Have the files of a directory checked: by the workers where data is read, otherwise at
+        once, since sending a file to a worker takes about as long as checking its metadata."""
+        if self._read_data and files:
+            self._workers.submit((here, [(name, inode.nid) for name, inode in files]))
+        for name, inode in files:
+            if inode.is_file:
+                self.bytes += inode.size
+            if not self._read_data:
+                self._file(here, name, inode)
+        self.inodes += len(files)
+        self._progress.advance(len(files))
 
     def _batch(self, batch: FileGroup, fd: int) -> None:
         """Check one batch, in a worker."""
         here, names = batch
-        total = 0
         for name, nid in names:
-            path = tree.decode(
-                name if here is None else b"/%s/%s" % (here, name) if here else b"/" + name
-            )
             try:
                 inode = inodes.load(self._vol, nid)
             except ErofsError as e:
-                self._caught(path, e, nid)
-                continue
-            self._xattrs(path, inode)
-            total += self._data(path, inode)
-        with self._lock:
-            self.bytes += total
+                self._caught(_path(here, name), e, nid)
+            else:
+                self._file(here, name, inode)
 
-    def _data(self, path: str, inode: Inode) -> int:
-        """Read a whole file or link; returns the size of its file data in bytes."""
+    def _file(self, here: bytes | None, name: bytes, inode: Inode) -> None:
+        """Check a file, link or special file, and its data where that is to be read."""
+        if inode.xattr_size:
+            self._xattrs(_path(here, name), inode)
         try:
             if inode.is_symlink:
+                tree.check_link(inode)
+            elif not inode.is_file:
+                return
+            if not self._read_data:
+                data.check_map(self._vol, inode)
+            elif inode.is_file:
+                self._read(inode)
+            else:
                 tree.link_target(self._vol, inode)
-            if not inode.is_file:
-                return 0
-            for extent in extents(self._vol, inode, 0, inode.size):
-                if extent.kind == HOLE:
-                    continue
-                for skip in range(0, extent.length, PIECE):
-                    n = min(PIECE, extent.length - skip)
-                    data.piece(self._vol, inode, extent, skip, n)
         except ErofsError as e:
-            self._caught(path, e, inode.nid)
-        return inode.size
+            self._caught(_path(here, name), e, inode.nid)
+
+    def _read(self, inode: Inode) -> None:
+        """Read all data of a file."""
+        for extent in extents(self._vol, inode, 0, inode.size):
+            if extent.kind == HOLE:
+                continue
+            for skip in range(0, extent.length, PIECE):
+                data.piece(self._vol, inode, extent, skip, min(PIECE, extent.length - skip))
 
     def _xattrs(self, path: str, inode: Inode) -> None:
         if not inode.xattr_size:
@@ -288,3 +320,8 @@ class Checker:
                 self._add(path, "an xattr comes twice", inode.nid)
         except ErofsError as e:
             self._caught(path, e, inode.nid)
+
+
+def _path(here: bytes | None, name: bytes) -> str:
+    """The path, for display, of entry ``name`` in the directory ``here`` (None: not in any)."""
+    return tree.decode(name if here is None else b"/%s/%s" % (here, name) if here else b"/" + name)

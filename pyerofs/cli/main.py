@@ -114,6 +114,10 @@ def _add_image_verbs(verbs: _Verbs) -> None:
     p.add_argument("--no-xattrs", action="store_true", help="leave out xattrs")
 
     p = verb("check", "Read and verify everything; report every problem.", json)
+    p.add_argument(
+        "--metadata", action="store_true",
+        help="read no file data: verify inodes, directories, xattrs, and where data should be",
+    )  # fmt: skip
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
     verb("dump", "Show what every byte of the image is used for.", json)

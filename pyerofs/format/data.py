@@ -15,7 +15,7 @@ from pyerofs.errors import CorruptImage, ErofsError
 from pyerofs.format import inode as inodes
 from pyerofs.format.extent import extents
 from pyerofs.format.memory import Pcluster
-from pyerofs.format.model import ENCODED, HOLE, META, PLAIN, Extent, Inode
+from pyerofs.format.model import ENCODED, FRAGMENT, HOLE, META, PLAIN, Extent, Inode
 from pyerofs.format.ondisk import ALG_INTERLACED
 from pyerofs.format.volume import Volume
 from pyerofs.sources.base import Buffer
@@ -78,14 +78,26 @@ def piece(
         return bytes(length)
     packed = packed_inode(vol, inode)
     data = read(vol, packed, extent.address + skip, length)
-    check_fragment(inode, data, length)
+    check_fragment(inode, len(data), length)
     return data
 
 
-def check_fragment(inode: Inode, data: Buffer, length: int) -> None:
-    """Raise CorruptImage if ``data``, read from the packed inode, is shorter than the fragment."""
-    if len(data) < length:
+def check_fragment(inode: Inode, found: int, length: int) -> None:
+    """Raise CorruptImage if the packed inode has fewer bytes (``found``) than a fragment claims."""
+    if found < length:
         raise CorruptImage("fragment beyond the packed inode's end", nid=inode.nid)
+
+
+def check_map(vol: Volume, inode: Inode) -> None:
+    """Check that the extents of a file or link cover it and lie within what they say has their bytes:
+    a device, the metabox or the packed inode.  Reads none of these bytes.  Raises as ``read`` does."""
+    for _, length, kind, device, address, size, _, _ in extents(vol, inode, 0, inode.size):
+        if kind == ENCODED:
+            vol.memory.check_bounds(device, address, size)
+        elif kind == FRAGMENT:
+            check_fragment(inode, packed_inode(vol, inode).size - address, length)
+        elif kind != HOLE:
+            vol.memory.check_bounds(device, address, length)
 
 
 def pcluster(vol: Volume, inode: Inode, extent: Extent) -> Pcluster:

@@ -211,12 +211,16 @@ class Memory(ABC):
 
     def raw(self, device: int, offset: int, length: int) -> Buffer:
         """File data as stored on a device.  Not cached.  Raises as ``at`` does."""
-        if offset < 0 or offset + length > self.sizes[device]:
-            raise CorruptImage(
-                f"data beyond the end of {self._name(device)} ({self.sizes[device]} bytes)",
-                offset=offset,
-            )
+        self.check_bounds(device, offset, length)
         return self._load(device, offset, length, False)
+
+    def check_bounds(self, device: int, offset: int, length: int) -> None:
+        """Raise CorruptImage unless data lies within a device."""
+        size = self._metabox_size if device == METABOX else self.sizes[device]
+        if offset < 0 or offset + length > size:
+            raise CorruptImage(
+                f"data beyond the end of {self._name(device)} ({size} bytes)", offset=offset
+            )
 
     def data_from(self, device: int, offset: int) -> int:
         """The next offset, from ``offset`` on, where a device may hold non-zero bytes (like

@@ -136,14 +136,19 @@ def lookup(vol: Volume, parent: Inode, name: bytes) -> Inode | None:
 
 def link_target(vol: Volume, inode: Inode) -> bytes:
     """The target of a symbolic link.  Raises NotASymlink, CorruptImage."""
-    if not inode.is_symlink:
-        raise NotASymlink(f"nid {inode.nid}")
-    if not 0 < inode.size <= MAX_TARGET:
-        raise CorruptImage(f"link target of {inode.size} bytes", nid=inode.nid)
+    check_link(inode)
     target = bytes(read(vol, inode, 0, inode.size))
     if b"\0" in target:
         raise CorruptImage("NUL in a link target", nid=inode.nid)
     return target
+
+
+def check_link(inode: Inode) -> None:
+    """Raise NotASymlink, or CorruptImage if a link's target has a size that none can have."""
+    if not inode.is_symlink:
+        raise NotASymlink(f"nid {inode.nid}")
+    if not 0 < inode.size <= MAX_TARGET:
+        raise CorruptImage(f"link target of {inode.size} bytes", nid=inode.nid)
 
 
 def entries(vol: Volume, parent: Inode) -> Iterator[Dirent]:

@@ -29,6 +29,7 @@ COMMANDS = {
     "tree": ["tree"],
     "check": ["check", "-q"],
     "check as JSON": ["check", "--json"],
+    "check of metadata": ["check", "--metadata"],
     "dump": ["dump"],
     "dump as JSON": ["dump", "--json"],
     "tar": ["tar", "-o", "{}/out.tar"],

@@ -1,4 +1,6 @@
-"""``pyerofs check``: sound images pass; what is wrong is found, and where."""
+"""``pyerofs check``: sound images pass; what is wrong is found, and where.
+
+Each damaged image is checked with ``--metadata``, too."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import pytest
 
 from pyerofs import Image
 from pyerofs.format import ondisk
+from pyerofs.format.model import FRAGMENT
 from tests import handmade as hm
 from tests.cli.conftest import Run
 from tests.helpers import directory, every_image, handmade, open_golden, symlink, words
@@ -28,16 +31,23 @@ def test_golden_images_are_sound(run: Run, want: Manifest) -> None:
     with open_golden(want) as image:
         special = [n for n in (image.superblock.packed_nid, image.superblock.metabox_nid) if n]
         size += sum(image.inode(nid).size for nid in special)
-    assert done.lines == [
-        f"{len(once) + len(special)} inodes, {size} bytes of file data, no problems"
-    ]
-    facts = run("check", "--json", *words(want)).json
-    assert facts == {"inodes": len(once) + len(special), "bytes": size, "problems": []}
+    inodes = len(once) + len(special)
+    assert done.lines == [f"{inodes} inodes, {size} bytes of file data, no problems"]
+    facts = {"checked": "everything", "inodes": inodes, "bytes": size, "problems": []}
+    assert run("check", "--json", *words(want)).json == facts
+    done = run("check", "--metadata", *words(want))
+    assert (done.status, done.err) == (0, "")
+    assert done.lines == [f"{inodes} inodes, {size} bytes of file data (not read), no problems"]
+    facts["checked"] = "metadata"
+    assert run("check", "--metadata", "--json", *words(want)).json == facts
 
 
-def problems(run: Run, path: Path, image: bytes) -> list[dict[str, Any]]:
-    """What is found in an image, which must be something, and be the same in text."""
+def problems(run: Run, path: Path, image: bytes, *, in_data: bool = False) -> list[dict[str, Any]]:
+    """What is found in an image, which must be something, and be the same in text.  With
+    ``--metadata``, problems of the same paths are found, or none if they are ``in_data``."""
     path.write_bytes(image)
+    metadata = run("check", "--json", "--metadata", path)
+    assert (metadata.status, metadata.err) == (0 if in_data else 1, "")
     done = run("check", "--json", path)
     assert (done.status, done.err) == (1, "")
     found: list[dict[str, Any]] = done.json["problems"]
@@ -49,6 +59,8 @@ def problems(run: Run, path: Path, image: bytes) -> list[dict[str, Any]]:
         assert problem["nid"] is None or f"nid {problem['nid']}" in line
         assert problem["offset"] is None or f"offset {problem['offset']:#x}" in line
     assert text.lines[-1].endswith(f"{len(found)} problems")
+    shown = {problem["path"] for problem in metadata.json["problems"]}
+    assert shown == (set() if in_data else {problem["path"] for problem in found})
     return found
 
 
@@ -73,7 +85,7 @@ def test_a_pcluster_that_does_not_decode(
         extent = next(image.extents("text"))
     data = bytearray(want.image.read_bytes())
     data[extent.address : extent.address + extent.size] = b"\x5a" * extent.size
-    (problem,) = problems(run, tmp_path / "image", bytes(data))
+    (problem,) = problems(run, tmp_path / "image", bytes(data), in_data=True)
     assert problem["path"] == "/text"
     assert problem["what"].startswith(f"pcluster: {algorithm}")
     assert problem["nid"] == nid
@@ -87,7 +99,7 @@ def test_all_files_that_share_what_is_broken(run: Run, tmp_path: Path) -> None:
         extent = next(image.extents(packed))
     data = bytearray(want.image.read_bytes())
     data[extent.address : extent.address + extent.size] = bytes(extent.size)
-    found = problems(run, tmp_path / "image", bytes(data))
+    found = problems(run, tmp_path / "image", bytes(data), in_data=True)
     assert "<packed inode>" in {p["path"] for p in found}
     assert len(found) > 10
     assert {p["offset"] for p in found} == {extent.address}
@@ -152,9 +164,36 @@ def test_data_beyond_the_end(run: Run, tmp_path: Path) -> None:
     assert all("beyond the end" in p["what"] for p in found)
 
 
-def test_a_device_that_is_missing(run: Run) -> None:
+def test_a_fragment_beyond_the_packed_inode(run: Run, tmp_path: Path) -> None:
+    def change(image: Image, data: bytearray) -> None:
+        packed = image.inode(image.superblock.packed_nid)
+        inode = image.lookup("text")
+        extent = next(image.extents(inode))
+        assert extent.kind == FRAGMENT
+        at = inode.data + 7 & ~7
+        struct.pack_into("<Q", data, at, 1 << 63 | packed.size - extent.length + 1)
+
+    (problem,) = problems(run, tmp_path / "image", patched(change, "allfrag-lz4"))
+    assert problem["path"] == "/text"
+    assert problem["what"] == "fragment beyond the packed inode's end"
+
+
+def test_an_algorithm_that_the_superblock_does_not_list(run: Run, tmp_path: Path) -> None:
+    """In the header of a file's index."""
+
+    def change(image: Image, data: bytearray) -> None:
+        at = image.lookup("text").data + 7 & ~7
+        data[at + 6] = ondisk.ALG_ZSTD
+
+    found = problems(run, tmp_path / "image", patched(change, "lz4hc-C64k"))
+    assert {p["path"] for p in found} == {"/text"}
+    assert "compression algorithm 3" in found[0]["what"]
+
+
+@pytest.mark.parametrize("option", [[], ["--metadata"]])
+def test_a_device_that_is_missing(run: Run, option: list[str]) -> None:
     """That is not a fault of the image."""
-    done = run("check", golden("tar-index").image)
+    done = run("check", golden("tar-index").image, *option)
     assert done.status == 1
     assert "--device" in done.text + done.err
     assert "corrupt" not in done.text + done.err
@@ -167,9 +206,12 @@ def test_a_device_that_is_missing(run: Run) -> None:
 def look(run: Run, tmp_path: Path) -> Callable[..., list[tuple[str, str]]]:
     """The problems of a hand-made image: path and what."""
 
-    def call(files: dict[bytes, bytes], **options: Any) -> list[tuple[str, str]]:
+    def call(
+        files: dict[bytes, bytes], *, in_data: bool = False, **options: Any
+    ) -> list[tuple[str, str]]:
         image = handmade(files, **options)
-        return [(p["path"], p["what"]) for p in problems(run, tmp_path / "image", image)]
+        found = problems(run, tmp_path / "image", image, in_data=in_data)
+        return [(p["path"], p["what"]) for p in found]
 
     return call
 
@@ -207,7 +249,8 @@ def test_dots_that_are_missing(found: Look) -> None:
 
 @pytest.mark.parametrize("target", [b"", b"nul\0here"])
 def test_links_to_nothing(found: Look, target: bytes) -> None:
-    ((path, what),) = found({b"link": symlink(target)})
+    """Their targets count as data, their sizes do not."""
+    ((path, what),) = found({b"link": symlink(target)}, in_data=bool(target))
     assert path == "/link"
     assert "link target" in what
 
@@ -247,6 +290,32 @@ def test_an_xattr_that_does_not_fit(found: Look) -> None:
     assert "xattr reaches beyond" in what
 
 
+HEAD1 = ondisk.LCLUSTER_HEAD1
+MAPS = {  # what is wrong, and a file with it
+    "data beyond the end of": [
+        hm.plain(5000, 9999),
+        hm.chunks(5000, [(0, 1), (0, 9999)]),
+        hm.indexed(5000, [hm.head(HEAD1, 0, 9999), hm.nonhead(1, 1)]),
+        hm.indexed(5000, [hm.head(ondisk.LCLUSTER_PLAIN, 0, 9999), hm.head(HEAD1, 0, 1)]),
+    ],
+    "leads back by 1 to no head": [hm.indexed(5000, [hm.nonhead(1, 2), hm.nonhead(2, 1)])],
+    "starts at byte 5000": [hm.indexed(5000, [hm.head(HEAD1, 5000, 1), hm.nonhead(1, 1)])],
+    "crosses its block": [hm.inode(ondisk.LAYOUT_FLAT_INLINE, 4090, 0)],
+    "fragment, but the image has no packed inode": [
+        hm.inode(
+            ondisk.LAYOUT_COMPRESSED_FULL, 5000, 1, struct.pack("<Q", 1 << 63), align=8
+        )
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "file"), [(k, file) for k, v in MAPS.items() for file in v])
+def test_a_map_that_leads_nowhere(found: Look, wrong: str, file: bytes) -> None:
+    ((path, what),) = found({b"f": file}, incompat=ondisk.INCOMPAT_LZ4_0PADDING)
+    assert path == "/f"
+    assert wrong in what
+
+
 def test_entries_that_lead_nowhere(found: Look) -> None:
     problems = found({b"a": hm.inline(b"x")}, elsewhere={b"b": (1 << 30, FILE)})
     assert [path for path, _ in problems] == ["/b"]
@@ -256,7 +325,7 @@ def test_what_can_not_even_be_opened(run: Run, tmp_path: Path) -> None:
     data = bytearray(golden("plain").image.read_bytes())
     data[1100] ^= 1
     (tmp_path / "image").write_bytes(data)
-    for option in ([], ["--json"]):
+    for option in ([], ["--json"], ["--metadata"]):
         done = run("check", *option, tmp_path / "image")
         assert done.status == 1
         assert "checksum" in done.text + done.err

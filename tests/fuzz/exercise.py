@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -301,12 +302,16 @@ async def _inode_async(
 
 
 def exercise_check(
-    image: bytes, devices: Sequence[bytes] = (), limits: Limits | None = None
+    image: bytes,
+    devices: Sequence[bytes] = (),
+    limits: Limits | None = None,
+    *,
+    data: bool = True,
 ) -> Outcome:
-    """``pyerofs check``, which sets its own limits."""
+    """``pyerofs check``, which sets its own limits; without ``data``: ``check --metadata``."""
     outcome = Outcome()
     with outcome.attempt("open"), open_bytes(image, devices) as opened:
-        checker = Checker(opened, Progress("checking", 0, quiet=True))
+        checker = Checker(opened, Progress("checking", 0, quiet=True), data=data)
         checker.run()
         outcome.entries, outcome.bytes_read = checker.inodes, checker.bytes
         if checker.problems:
@@ -318,4 +323,5 @@ WAYS: dict[str, Callable[[bytes, Sequence[bytes], Limits | None], Outcome]] = {
     "image": exercise,
     "aio": exercise_async,
     "check": exercise_check,
+    "metadata": partial(exercise_check, data=False),
 }
