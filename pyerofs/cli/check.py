@@ -179,7 +179,7 @@ class Checker:
             found = self._directory(place, path, here, parent)
             if here.nlink != len(found) + 2 and here.nlink != 1:
                 self._add(path, f"link count {here.nlink}, {len(found)} subdirectories", here.nid)
-            stack += found
+            stack += reversed(found)  # in the order of the image
 
     def _directory(self, place: Place, path: str, here: Inode, parent: int) -> list[Subdirectory]:
         """Check a directory's entries and have its files checked; returns its subdirectories."""

@@ -177,7 +177,7 @@ class Extractor:
             self._unfinished.append((place, inode.nid))
             self._progress.advance()
             found = self._try(place.shown(), self._enter, place, inode, seen)
-            stack += found or []
+            stack += reversed(found or [])  # in the order of the image
 
     def _enter(self, place: Place, inode: Inode, seen: set[int]) -> list[tuple[Place, Inode]]:
         """Submit the files of a directory to the workers; make its subdirectories, and return them."""
