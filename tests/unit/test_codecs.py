@@ -188,9 +188,57 @@ def test_lz4_stops_early_or_not(sample: str, monkeypatch: pytest.MonkeyPatch) ->
     lengths = (1, 2, 15, 16, 17, 4095, len(data) // 2, len(data) - 1, len(data))
     early = [decode(ALG_LZ4, encoded, length, True) for length in lengths]
     assert early == [data[:length] for length in lengths]
-    monkeypatch.setattr(codecs, "_lz4_partial", lambda: None)
+    monkeypatch.setattr(codecs, "_native_lz4", lambda: None)
     late = [decode(ALG_LZ4, encoded, length, True) for length in lengths]
     assert late == [data] * len(lengths)
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize("native", [True, False])
+def test_lz4_by_either_library(sample: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the stream lies: only its own bytes are looked at, the same ones are made of it."""
+    if not native:
+        monkeypatch.setattr(codecs, "_native_lz4", lambda: None)
+    data = SAMPLES[sample]
+    stream = padded(pack_lz4(data))
+    between = b"\xff" * 9 + stream + b"\xff" * 9
+    for encoded in (
+        stream,
+        bytearray(stream),
+        memoryview(between)[9:-9],
+        memoryview(bytearray(between))[9:-9],
+    ):
+        for partial in (False, True):
+            assert decode(ALG_LZ4, encoded, len(data), partial) == data
+        some = len(data) // 2 + 1
+        assert decode(ALG_LZ4, encoded, some, True)[:some] == data[:some]
+        for wrong in (len(data) - 1, len(data) // 2):
+            with pytest.raises(DecodeError, match="lz4"):
+                decode(ALG_LZ4, encoded, wrong, False)
+
+
+def lz4_run(length: int) -> tuple[int, bytes]:
+    """The part of a length that a token holds, and the bytes that hold the rest."""
+    if length < 15:
+        return length, b""
+    return 15, b"\xff" * ((length - 15) // 255) + bytes([(length - 15) % 255])
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("literals", [1, 15, 300])
+@pytest.mark.parametrize("match", [4, 7, 8, 19, 33, 1000, 50_000])
+def test_lz4_never_shows_what_was_in_memory(literals: int, match: int, partial: bool) -> None:
+    """A match at distance 0 copies from where it writes, and is not refused."""
+    (high, more), (low, still_more) = lz4_run(literals), lz4_run(match - 4)
+    head = bytes([high << 4 | low]) + more + b"L" * literals + b"\0\0" + still_more
+    stream = head + b"\xc0" + b"T" * 12
+    size = literals + match + 12
+    for length in range(1, size + 1, max(size // 20, 1)) if partial else [size]:
+        secrets = [bytearray(b"S" * length) for _ in range(20)]
+        del secrets
+        found = decode(ALG_LZ4, stream, length, partial)
+        assert len(found) == length
+        assert b"S" not in found
 
 
 # --- stored, rotated --------------------------------------------------------------------------
@@ -309,6 +357,9 @@ def test_the_first_look_decodes_no_more_than_it_needs(name: str) -> None:
     assert memory.decoded(first) == data[:5000]
     assert memory.decoded(first) == data[:5000]
     assert memory.decodes == 1
+    assert memory.first(pcluster, 4000)[:4000] == data[:4000]
+    assert memory.enough(pcluster, 4000).length == 4000
+    assert memory.decodes == 1
     assert memory.enough(pcluster, 6000) == pcluster
     assert memory.decoded(pcluster) == data
     assert memory.decoded(first) == data
@@ -346,7 +397,7 @@ def test_an_lz4_bomb_is_refused_where_decoding_can_not_stop_early(
 ) -> None:
     bomb = pack_lz4(bytes(40 << 20))
     assert len(decode(ALG_LZ4, bomb, 5000, True)) == 5000
-    monkeypatch.setattr(codecs, "_lz4_partial", lambda: None)
+    monkeypatch.setattr(codecs, "_native_lz4", lambda: None)
     with at_most(2 * PCLUSTER_MAX_DSIZE), pytest.raises(DecodeError):
         decode(ALG_LZ4, bomb, 5000, True)
     with at_most(2 * PCLUSTER_MAX_DSIZE), pytest.raises(DecodeError, match="match too long"):
