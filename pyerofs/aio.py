@@ -401,7 +401,7 @@ class AsyncImage:
             return memoryview(decoded)[skip : skip + length]
         if extent.kind == FRAGMENT:
             packed = await self.call(data.packed_inode, self.volume, inode)
-            found = await self.read_data(packed, extent.address + skip, length)
+            found = await self.read_data(packed, extent.address + skip, length, sparse)
             data.check_fragment(inode, len(found), length)
             return found
         again = partial(data.piece, self.volume, inode, extent, skip, length)

@@ -13,7 +13,7 @@ import stat
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyerofs.format import ondisk
 from pyerofs.format.crc32c import crc32c
@@ -28,6 +28,7 @@ PAGE = 4096
 METADATA = 4096  # where inodes start, unless blocks are larger
 DEVICE_TABLE = 2048
 META_BLKADDR = 40  # offset in the superblock
+BIG = ondisk.ADVISE_BIG_PCLUSTER_1 | ondisk.ADVISE_BIG_PCLUSTER_2
 FILE_TYPES = {
     stat.S_IFREG: ondisk.FT_REG_FILE,
     stat.S_IFDIR: ondisk.FT_DIR,
@@ -175,6 +176,81 @@ def nonhead(back: int, ahead: int) -> bytes:
 def first(blocks: int, ahead: int) -> bytes:
     """The nonhead entry behind a head: it has the pcluster's number of blocks."""
     return nonhead(ondisk.LI_D0_CBLKCNT | blocks, ahead)
+
+
+class Lead(NamedTuple):
+    """A pcluster of a file: where its data starts there, and where it lies."""
+
+    start: int
+    kind: int  # LCLUSTER_HEAD1 ...
+    block: int
+    blocks: int = 1
+
+
+def lclusters(size: int, leads: Sequence[Lead], big: bool) -> list[tuple[Lead | None, int, int]]:
+    """The entries of an index, for blocks and lclusters of 4 KiB: of a head the pcluster, of others
+    None, the distance back or the number of blocks, and the distance ahead.
+
+    No two pclusters start in the same lcluster; those of several blocks cover two or more."""
+    found: list[tuple[Lead | None, int, int]] = []
+    ends = [lead.start >> 12 for lead in leads[1:]] + [-(-size >> 12)]
+    for lead, end in zip(leads, ends, strict=True):
+        found.append((lead, 0, 0))
+        for back in range(1, count := end - (lead.start >> 12)):
+            low = ondisk.LI_D0_CBLKCNT | lead.blocks if big and back == 1 else min(back, 0x7FF)
+            found.append((None, low, min(count - back, 0x7FF)))
+    return found
+
+
+def fully(size: int, leads: Sequence[Lead], big: bool, **fields: Any) -> bytes:
+    """A compressed file with a full index of its pclusters; HEAD2 is DEFLATE."""
+    entries = [
+        head(lead.kind, lead.start & 4095, lead.block) if lead else nonhead(back, ahead)
+        for lead, back, ahead in lclusters(size, leads, big)
+    ]
+    return indexed(size, entries, BIG if big else 0, head2=ondisk.ALG_DEFLATE, **fields)
+
+
+def compactly(
+    size: int, leads: Sequence[Lead], big: bool, sixteens: bool = True, **fields: Any
+) -> bytes:
+    """A compressed file with a compact index; HEAD2 is DEFLATE.  ``sixteens``: with packs of 16.
+
+    In a pack, pclusters have to follow one another."""
+    entries = lclusters(size, leads, big)
+    advise = (BIG if big else 0) | (ondisk.ADVISE_COMPACTED_2B if sixteens else 0)
+    header = ondisk.MAP_HEADER.pack(0, advise, ondisk.ALG_LZ4 | ondisk.ALG_DEFLATE << 4, 0)
+    before = len(inode(0, 0, 0, header, align=8, **fields))  # packs of 16 are aligned to 32 bytes
+    front = (32 - before % 32) // 4 % 8
+    wide = (len(entries) - front) // 16 * 16 if sixteens and len(entries) > front else 0
+    body = header
+    at = 0
+    while at < len(entries):
+        count, bits = (16, 14) if front <= at < front + wide else (2, 16)
+        body += _pack(entries, at, count, bits, big)
+        at += count
+    return inode(ondisk.LAYOUT_COMPRESSED_COMPACT, size, 1, body, align=8, **fields)
+
+
+def _pack(
+    entries: Sequence[tuple[Lead | None, int, int]], at: int, count: int, bits: int, big: bool
+) -> bytes:
+    """Some entries, and the block from which those of the heads among them are counted."""
+    value = base = 0
+    for i, (lead, back, ahead) in reversed(list(enumerate(entries[at : at + count]))):
+        if lead:
+            entry = lead.kind << 12 | lead.start & 4095
+            base = lead.block - (not big)
+        else:
+            counts = back & ondisk.LI_D0_CBLKCNT
+            entry = ondisk.LCLUSTER_NONHEAD << 12 | (
+                ahead if i + 1 == count and not counts else back
+            )
+            if counts and not i:
+                base -= back & ~ondisk.LI_D0_CBLKCNT
+        value |= entry << bits * i
+    size = count * bits // 8
+    return value.to_bytes(size, "little") + (base & 0xFFFFFFFF).to_bytes(4, "little")
 
 
 def extents(

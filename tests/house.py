@@ -44,8 +44,8 @@ ORDER: dict[str, list[str]] = {
     ],
     "pyerofs.sources.oci": ["reference", "manifest", "layout", "registry", "zstd_layer"],
     "pyerofs.format": [
-        "ondisk", "recognise", "model", "crc32c", "codecs", "memory", "superblock", "placement",
-        "volume", "inode", "zmap", "extent", "data", "directory", "xattr", "tree",
+        "ondisk", "recognise", "model", "crc32c", "codecs", "memory", "lclusters", "superblock",
+        "placement", "volume", "inode", "zmap", "extent", "data", "directory", "xattr", "tree",
     ],
     "pyerofs.images": ["flat"],
     "pyerofs.cli": [

@@ -62,13 +62,9 @@ def piece(
     ``read``."""
     kind = extent.kind
     if kind == ENCODED:
-        wanted = pcluster(vol, inode, extent)
-        if sparse:
-            wanted = vol.memory.enough(wanted, skip + length)
-        decoded = vol.memory.decoded(wanted)
-        if not skip and length == len(decoded):
-            return decoded
-        return memoryview(decoded)[skip : skip + length]
+        memory, wanted, end = vol.memory, pcluster(vol, inode, extent), skip + length
+        decoded = memory.first(wanted, end) if sparse else memory.decoded(wanted)
+        return decoded if length == len(decoded) else memoryview(decoded)[skip:end]
     if kind == PLAIN and inode.is_file and inode is not vol.packed:
         return vol.memory.raw(extent.device, extent.address + skip, length)
     if kind in (META, PLAIN):  # metadata (directories, links, inline tails) is cached
@@ -77,7 +73,7 @@ def piece(
     if kind == HOLE:
         return bytes(length)
     packed = packed_inode(vol, inode)
-    data = read(vol, packed, extent.address + skip, length)
+    data = read(vol, packed, extent.address + skip, length, sparse)
     check_fragment(inode, len(data), length)
     return data
 

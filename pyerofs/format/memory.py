@@ -93,7 +93,7 @@ class NotDecoded(Fault):
 
 
 class ByteCache(Generic[Key, Value]):
-    """A least-recently-used cache bounded by the bytes of its values.  Thread-safe."""
+    """A least-recently-used cache bounded by the bytes of its values, their ``len``.  Thread-safe."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -133,11 +133,15 @@ class Memory(ABC):
 
     def __init__(self, sizes: Sequence[int], names: Sequence[str], cache_size: int) -> None:
         """``sizes`` (bytes) and ``names`` of the devices, the primary one first.  ``cache_size``:
-        bytes, a quarter for windows, the rest for decoded pclusters."""
+        bytes, a quarter for windows, a sixteenth for parts of indexes, the rest for decoded
+        pclusters."""
         self.sizes = tuple(sizes)
         self._names = tuple(names)
         self.windows: ByteCache[int, Buffer] = ByteCache(max(cache_size // 4, WINDOW_SIZE))
-        self.pclusters: ByteCache[PclusterKey, Buffer] = ByteCache(cache_size - cache_size // 4)
+        self.parts_size = max(cache_size // 16, WINDOW_SIZE)  # for parts of indexes; see Volume
+        self.pclusters: ByteCache[PclusterKey, Buffer] = ByteCache(
+            cache_size - cache_size // 4 - cache_size // 16
+        )
         self._decoder = Decoder()
         self._metabox_size = 0
         self._read_metabox: Callable[[int, int], Buffer] | None = None
@@ -207,6 +211,23 @@ class Memory(ABC):
         buffer, pos = self.at(device, offset, length)
         return bytes(buffer[pos : pos + length])
 
+    def resident(self, device: int, offset: int, length: int) -> bytes | None:
+        """A copy of ``length`` bytes of metadata if they are in the cache; otherwise None.  Never
+        reads."""
+        pieces = []
+        end = offset + length
+        while offset < end:
+            window = self.windows.get((offset >> WINDOW_BITS) * DEVICES + device)
+            if window is None:
+                return None
+            pos = offset & WINDOW_SIZE - 1
+            piece = window[pos : min(pos + end - offset, WINDOW_SIZE)]
+            if not piece:
+                return None
+            pieces.append(piece)
+            offset += len(piece)
+        return b"".join(pieces)
+
     # data -------------------------------------------------------------------------------
 
     def raw(self, device: int, offset: int, length: int) -> Buffer:
@@ -234,17 +255,23 @@ class Memory(ABC):
             return found
         return self._decode(pcluster)
 
+    def first(self, pcluster: Pcluster, need: int) -> Buffer:
+        """At least the first ``need`` decoded bytes of a pcluster, with no more work than is
+        ``enough``."""
+        found = self.pclusters.get(pcluster.key)
+        if found is not None and len(found) >= need:
+            return found
+        return self._decode(self.enough(pcluster, need))
+
     def enough(self, pcluster: Pcluster, need: int) -> Pcluster:
         """The pcluster reduced to its first ``need`` decoded bytes, if that is less work.
 
-        The second partial read of a pcluster decodes all of it, so that no prefix is decoded
+        Where the cache has fewer than that, all of it is decoded, so that no prefix is decoded
         repeatedly."""
-        if (
-            need < pcluster.length
-            and pcluster.algorithm in STOP_EARLY
-            and pcluster.key not in self.pclusters
-        ):
-            return pcluster._replace(length=need, partial=True)
+        if need < pcluster.length and pcluster.algorithm in STOP_EARLY:
+            found = self.pclusters.get(pcluster.key)
+            if found is None or len(found) >= need:
+                return Pcluster(*pcluster.key, need, True, pcluster.nid)
         return pcluster
 
     def holds(self, pcluster: Pcluster) -> bool:

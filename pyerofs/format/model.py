@@ -66,6 +66,7 @@ class CompressionMap:
         "advise",
         "algorithms",
         "base",
+        "credit",
         "extents",
         "fragment",
         "initial_4b",
@@ -99,6 +100,7 @@ class CompressionMap:
     tail_head: int  # lcluster in which the inline or fragment tail starts; -1 = none
     running: tuple[int, int]  # 4-byte extents: a lcluster, and the address where its data starts
     last: Extent | None  # the extent mapped last
+    credit: int  # lcluster indexes: what decoding parts of it may cost, see lclusters.CREDIT
 
 
 class Inode:

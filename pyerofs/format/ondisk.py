@@ -263,6 +263,8 @@ LI_PARTIAL_REF = 1 << 15
 LI_D0_CBLKCNT = 1 << 11
 LCLUSTER_INDEX = Struct("<HHI")  # di_advise, di_clusterofs, block address or two deltas
 
+EXTENT_RECORD_16 = Struct("<IQI")  # encoded length word, address, logical offset
+EXTENT_RECORD_32 = Struct("<IQQ12x")
 EXTENT_PLEN_MASK = (PCLUSTER_MAX_SIZE << 1) - 1
 EXTENT_PLEN_PARTIAL = 1 << 27
 EXTENT_PLEN_FMT_SHIFT = 28
@@ -282,6 +284,8 @@ assert CHUNK_INDEX.size == 8
 assert DIRENT.size == 12
 assert MAP_HEADER.size == 8
 assert LCLUSTER_INDEX.size == 8
+assert EXTENT_RECORD_16.size == 16
+assert EXTENT_RECORD_32.size == 32
 assert LZ4_CFGS.size == 14
 assert LZMA_CFGS.size == 14
 assert DEFLATE_CFGS.size == 6

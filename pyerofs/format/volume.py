@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pyerofs.errors import CorruptImage, DeviceMissing, ErofsError
 from pyerofs.format.codecs import Decoder
-from pyerofs.format.memory import METABOX, Memory
+from pyerofs.format.lclusters import Parts
+from pyerofs.format.memory import METABOX, ByteCache, Memory
 from pyerofs.format.model import Inode
 from pyerofs.format.ondisk import ISLOT_BITS, NID_MASK, NID_METABOX_BIT
 from pyerofs.format.superblock import Superblock
@@ -24,6 +25,7 @@ class Volume:
         "memory",
         "metabox",
         "packed",
+        "parts",
         "prefixes",
         "root",
         "sb",
@@ -39,6 +41,7 @@ class Volume:
         self._inodes = sb.meta_blkaddr << sb.block_bits  # where the inode with nid 0 would lie
         self.memory = memory
         self.extra_devices = extra_devices
+        self.parts: Parts = ByteCache(memory.parts_size)
         self.metabox: Inode | None = None
         self.packed: Inode | None = None
         self.root: Inode | None = None

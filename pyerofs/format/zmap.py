@@ -16,7 +16,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pyerofs.errors import CorruptImage, UnsupportedFeature
-from pyerofs.format import ondisk
+from pyerofs.format import lclusters, ondisk
+from pyerofs.format.lclusters import CREDIT, Found, pack_of
 from pyerofs.format.model import ENCODED, FRAGMENT, HOLE, META, PLAIN, CompressionMap, Extent, Inode
 from pyerofs.format.ondisk import (
     ADVISE_BIG_PCLUSTER_1,
@@ -39,12 +40,15 @@ from pyerofs.format.ondisk import (
     PCLUSTER_MAX_SIZE,
 )
 from pyerofs.format.volume import Volume
+from pyerofs.sources.base import Buffer
 
 # A decoded pcluster has at most 12 MiB in lclusters of at least 512 bytes.
 MAX_STEPS = PCLUSTER_MAX_DSIZE >> ondisk.MIN_BLKSZBITS
 
 _HEADER = ondisk.MAP_HEADER.unpack_from  # a MapHeader's fields
 _INDEX = ondisk.LCLUSTER_INDEX.unpack_from
+_RECORD_OF_16 = ondisk.EXTENT_RECORD_16.unpack_from
+_RECORD_OF_32 = ondisk.EXTENT_RECORD_32.unpack_from
 
 # Packs of a compact index, by number of entries: bytes, bits per entry, mask with a 1 per entry.
 _PACKS = {2: (8, 16, 0x10001), 16: (32, 14, sum(1 << 14 * n for n in range(16)))}
@@ -113,6 +117,7 @@ def header(vol: Volume, inode: Inode) -> CompressionMap:
         z.running = (-1, 0)
         inode.zmap = z
         return z
+    z.credit = CREDIT
     z.total = -(-inode.size >> z.lcluster_bits)
     if inode.layout == ondisk.LAYOUT_COMPRESSED_COMPACT:
         if z.lcluster_bits > 14:
@@ -180,40 +185,55 @@ def index_range(vol: Volume, inode: Inode) -> tuple[int, int]:
 
 
 def _map_index(vol: Volume, inode: Inode, z: CompressionMap, offset: int) -> Extent:
-    bits = z.lcluster_bits
     if z.fragment >= 0 and z.tail_head == 0:
         return Extent(0, inode.size, FRAGMENT, address=z.fragment)
-    lcn = offset >> bits
-    entry = _load(vol, inode, z, lcn)
-    if entry.kind == LCLUSTER_NONHEAD:
-        lcn, entry = _look_back(vol, inode, z, lcn, entry.back)
-    elif offset & (1 << bits) - 1 < entry.offset:
-        lcn, entry = _look_back(vol, inode, z, lcn, 1)
-    start = lcn << bits | entry.offset
-
-    if lcn == z.tail_head:
-        length = inode.size - start
-        if z.fragment >= 0:
-            return Extent(start, length, FRAGMENT, address=z.fragment)
-        device, address, size = inode.device, z.inline_address, z.inline_size
+    found = None
+    if z.last is not None:
+        part = lclusters.part(vol.memory, vol.parts, inode, z, offset >> z.lcluster_bits)
+        if part is not None:
+            found = part.find(z, inode.size, offset)
+    if found is None:
+        found = _find(vol, inode, z, offset)
+    lcn, kind, start, end, block, blocks, partial = found
+    length = end - start
+    tail = lcn == z.tail_head
+    if not tail:
+        size = blocks << vol.sb.block_bits
+        device, address = vol.locate(0, block << vol.sb.block_bits, inode.nid)
+    elif z.fragment >= 0:
+        return Extent(start, length, FRAGMENT, address=z.fragment)
     else:
-        following = None
-        if (lcn + 1) << bits < inode.size:
-            following = _load(vol, inode, z, lcn + 1)
-        size = _encoded_blocks(inode, z, lcn, entry.kind, following) << vol.sb.block_bits
-        length = _end(vol, inode, z, lcn + 1, following) - start
-        device, address = vol.locate(0, entry.block << vol.sb.block_bits, inode.nid)
-    if entry.kind != LCLUSTER_PLAIN:
-        algorithm = _algorithm(vol, inode, z.algorithms[entry.kind == LCLUSTER_HEAD2])
-        return Extent(start, length, ENCODED, device, address, size, algorithm, entry.partial)
+        device, address, size = inode.device, z.inline_address, z.inline_size
+    if kind != LCLUSTER_PLAIN:
+        algorithm = _algorithm(vol, inode, z.algorithms[kind == LCLUSTER_HEAD2])
+        return Extent(start, length, ENCODED, device, address, size, algorithm, partial)
     if length > size:
         raise CorruptImage(
             f"{length} plain bytes in a pcluster of {size}", offset=address, nid=inode.nid
         )
     if z.advise & ADVISE_INTERLACED_PCLUSTER:
         return Extent(start, length, ENCODED, device, address, size, ALG_INTERLACED)
-    inline = lcn == z.tail_head
-    return Extent(start, length, META if inline else PLAIN, device, address, size)
+    return Extent(start, length, META if tail else PLAIN, device, address, size)
+
+
+def _find(vol: Volume, inode: Inode, z: CompressionMap, offset: int) -> Found:
+    """The pcluster that covers ``offset``, by single entries of the index."""
+    bits = z.lcluster_bits
+    lcn = offset >> bits
+    entry = _load(vol, inode, z, lcn)
+    if entry.kind == LCLUSTER_NONHEAD:
+        lcn, entry = _look_back(vol, inode, z, lcn, entry.back)
+    elif offset & (1 << bits) - 1 < entry.offset:
+        lcn, entry = _look_back(vol, inode, z, lcn, 1)
+    end, blocks = inode.size, 0
+    if lcn != z.tail_head:
+        following = None
+        if (lcn + 1) << bits < inode.size:
+            following = _load(vol, inode, z, lcn + 1)
+        blocks = _encoded_blocks(inode, z, lcn, entry.kind, following)
+        end = _end(vol, inode, z, lcn + 1, following)
+    start = lcn << bits | entry.offset
+    return lcn, entry.kind, start, end, entry.block, blocks, entry.partial
 
 
 def _load(vol: Volume, inode: Inode, z: CompressionMap, lcn: int) -> Lcluster:
@@ -241,25 +261,10 @@ def _load_full(vol: Volume, inode: Inode, z: CompressionMap, lcn: int) -> Lclust
     return Lcluster(kind, 0, 0, False, back, ahead or 1)
 
 
-def _pack_of(z: CompressionMap, lcn: int) -> tuple[int, int, int]:
-    """For a compact entry: the offset of its pack, the pack's number of entries, the entry's number
-    in it."""
-    at = z.base
-    if lcn < z.initial_4b:
-        return at + (lcn >> 1) * 8, 2, lcn & 1
-    at += z.initial_4b * 4
-    lcn -= z.initial_4b
-    if lcn < z.middle_2b:
-        return at + (lcn >> 4) * 32, 16, lcn & 15
-    at += z.middle_2b * 2
-    lcn -= z.middle_2b
-    return at + (lcn >> 1) * 8, 2, lcn & 1
-
-
 def _load_compact(vol: Volume, inode: Inode, z: CompressionMap, lcn: int) -> Lcluster:
     if lcn >= z.total:
         raise CorruptImage(f"lcluster {lcn} of {z.total}", nid=inode.nid)
-    at, count, i = _pack_of(z, lcn)
+    at, count, i = pack_of(z, lcn)
     size, width, every = _PACKS[count]
     low_bits = max(z.lcluster_bits, 12)
     low_mask = (1 << low_bits) - 1
@@ -326,7 +331,7 @@ def _index_end(z: CompressionMap, lcn: int, layout: int) -> int:
     """The offset after the last lcluster's entry (or its whole pack), where inline data starts."""
     if layout == ondisk.LAYOUT_COMPRESSED_FULL:
         return z.base + 8 * lcn + 8
-    at, count, _ = _pack_of(z, lcn)
+    at, count, _ = pack_of(z, lcn)
     return at + (32 if count == 16 else 8)
 
 
@@ -436,13 +441,19 @@ def _fixed_record(vol: Volume, inode: Inode, z: CompressionMap, offset: int) -> 
 
 def _search_record(vol: Volume, inode: Inode, z: CompressionMap, offset: int) -> Record:
     """Find a record of 16 or 32 bytes by binary search; records are sorted by their logical offset."""
+    unpack = _RECORD_OF_32 if z.record_size > 16 else _RECORD_OF_16
     low, high = 0, z.extents
     start, end, plen, address = inode.size, inode.size, 0, 0
+    buffer: Buffer = b""
+    first, last = 0, -1  # the positions of records that lie in the buffer
     while low < high:
         middle = (low + high) // 2
-        buffer, pos = vol.memory.at(inode.device, z.base + middle * z.record_size, z.record_size)
-        record = buffer[pos : pos + 20]
-        at = int.from_bytes(record[12 : 20 if z.record_size > 16 else 16], "little")
+        pos = middle * z.record_size
+        if not first <= pos <= last:
+            buffer, skip = vol.memory.at(inode.device, z.base + pos, z.record_size)
+            first = pos - skip
+            last = first + len(buffer) - z.record_size
+        length, place, at = unpack(buffer, pos - first)
         if at > offset:
             high = middle
             if at > end:
@@ -450,9 +461,7 @@ def _search_record(vol: Volume, inode: Inode, z: CompressionMap, offset: int) ->
             end = at
         else:
             low = middle + 1
-            start = at
-            plen = int.from_bytes(record[:4], "little")
-            address = int.from_bytes(record[4:12], "little")
+            start, plen, address = at, length, place
     if start >= end:
         raise CorruptImage(f"no extent record covers {offset}", nid=inode.nid)
     return start, end, plen, address, low >= z.extents

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pyerofs
 from pyerofs.errors import ErofsError
-from pyerofs.format import data, directory, ondisk, zmap
+from pyerofs.format import data, directory, lclusters, ondisk
 from pyerofs.format.crc32c import crc32c
 from pyerofs.format.extent import extents
 from pyerofs.format.memory import METABOX
@@ -406,7 +406,7 @@ class _Survey:
                 yield from self._field("lcluster.delta0", device, at + 4, 2, nid)
                 yield from self._field("lcluster.delta1", device, at + 6, 2, nid)
                 continue
-            at, count, i = zmap._pack_of(z, lcn)
+            at, count, i = lclusters.pack_of(z, lcn)
             size, width = (32, 14) if count == 16 else (8, 16)
             yield from self._field("compact.value", device, at, size, nid, width * i, low)
             yield from self._field("compact.type", device, at, size, nid, width * i + low, 2)

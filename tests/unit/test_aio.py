@@ -21,7 +21,7 @@ from pyerofs import aio
 from pyerofs.aio import AsyncFile, AsyncImage, Pending
 from pyerofs.format import data, memory
 from pyerofs.format.extent import extents
-from pyerofs.format.model import ENCODED, Extent, Inode
+from pyerofs.format.model import ENCODED, FRAGMENT, Extent, Inode
 from pyerofs.sources import Buffer, MemorySource
 from pyerofs.sources.base import AsyncSource, check_range
 from tests import handmade as hm
@@ -375,6 +375,33 @@ def test_what_is_at_hand_needs_no_event_loop() -> None:
         assert at_hand(file, 4000, 9) == now(file.read_at(4000, 9))
 
     using(golden("zstd"), main, MemorySource)
+
+
+@pytest.mark.parametrize("make", [None, SilentSource], ids=["file", "afar"])
+def test_a_random_read_of_a_fragment_decodes_no_more_than_it_needs(
+    make: Callable[[bytes], MemorySource] | None,
+) -> None:
+    async def read(image: AsyncImage) -> int:
+        packed = await image.inode(image.superblock.packed_nid)
+        checked = 0
+        files = [inode async for _, _, others in image.walk() for _, inode in others]
+        for inode in [inode for inode in files if inode.is_file and inode.size >= 9]:
+            extent = (await image.extents(inode))[-1]
+            for holder in await image.extents(packed):
+                need = extent.address + 9 - holder.start
+                key = data.pcluster(image.volume, packed, holder).key
+                if holder.kind != ENCODED or not 9 <= need < holder.length - 100:
+                    continue
+                if extent.kind == FRAGMENT and key not in image.memory.pclusters:
+                    found = await image.read_data(inode, extent.start, 9, sparse=True)
+                    decoded = image.memory.pclusters.get(key)
+                    assert decoded is not None
+                    assert len(decoded) == need
+                    assert found == decoded[-9:]
+                    checked += 1
+        return checked
+
+    assert using(golden("allfrag-lz4"), read, make) > 0
 
 
 def test_read_now_says_that_it_would_wait() -> None:
