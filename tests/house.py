@@ -54,7 +54,9 @@ ORDER: dict[str, list[str]] = {
     ],
     "pyerofs.system.fuse": ["wire", "mounting"],
     "pyerofs_fuse": ["options", "mount", "answers", "direct", "pyfuse", "cli"],
-    "pyerofs_fuse.direct": ["assist", "encode", "listings", "server", "far", "life"],
+    "pyerofs_fuse.direct": [
+        "record", "handover", "assist", "encode", "listings", "server", "far", "life",
+    ],
     "pyerofs_fuse.pyfuse": ["operations", "life"],
     "pyerofs_nbd": ["errors", "devices", "options", "server", "lifecycle", "cli", "__main__"],
     "pyerofs_nbd.devices": [

@@ -11,7 +11,7 @@ from pyerofs.sources.spec import Access, SourceSpec
 from pyerofs.system.arguments import UsageError
 from pyerofs.system.daemon import access_to
 from pyerofs.system.streams import open_standard_streams
-from pyerofs_fuse.options import Options, parse, usage
+from pyerofs_fuse.options import RESUME, Options, parse, usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +30,11 @@ def run() -> None:
 
 def main(words: list[str]) -> int:
     """Run the command; returns its exit status (in the daemon: when the mount is gone)."""
+    if words and words[0].startswith(RESUME):
+        from pyerofs_fuse.direct.life import resume
+
+        resume(int(words[0].removeprefix(RESUME)), _program())
+        return 0
     try:
         options = parse(words)
     except UsageError as e:
@@ -57,6 +62,14 @@ def main(words: list[str]) -> int:
     return _mount(options, spec, access, first)
 
 
+def _program() -> list[str]:
+    """The running program, to be executed again from any directory, with other arguments."""
+    words = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+    if words and words[-1] == sys.argv[0]:  # a script; neither -c nor -m
+        words[-1] = os.path.abspath(words[-1])
+    return [sys.executable, *words]
+
+
 def _read_list(path: str) -> list[str]:
     """The paths in a file, one per line."""
     with open(path, encoding="utf-8", errors="surrogateescape") as f:
@@ -67,8 +80,9 @@ def _mount(options: Options, spec: SourceSpec, access: Access, first: list[str])
     from pyerofs.system.daemon import Foreground, fork, start_logging
     from pyerofs_fuse.mount import Job
 
+    program = _program()  # before the working directory changes
     report: Report = Foreground("pyerofs-fuse") if options.foreground else fork("pyerofs-fuse")
-    job = Job(options, spec, access, first, report)
+    job = Job(options, spec, access, first, report, program)
     start_logging("pyerofs-fuse", foreground=options.foreground, debug=options.debug)
     try:
         _engine(options, spec, report)(job)

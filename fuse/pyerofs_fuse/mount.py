@@ -30,6 +30,7 @@ class Job(NamedTuple):
     access: Access
     first: list[str]  # paths to prefetch before anything else, of a remote image
     report: Report
+    program: list[str]  # what was executed, without options and arguments
 
 
 class MountError(Exception):

@@ -76,6 +76,9 @@ _IGNORED = {
 }  # fmt: skip
 
 
+# Followed by a descriptor, in place of all other arguments: go on with a mount (``direct.handover``)
+RESUME = "--resume="
+
 _VALUED = ("cache-size", "dbglevel", "record", "prefetch-list", "engine")
 ENGINES = ("direct", "pyfuse3")
 _TAKES = {

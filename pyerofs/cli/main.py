@@ -135,7 +135,14 @@ def _add_other_verbs(verbs: _Verbs) -> None:
     )  # fmt: skip
     p.add_argument("--json", action="store_true", help="ls: print JSON")
 
-    p = verbs.add_parser("mounts", help="Show what live mounts have fetched and cached.")
+    p = verbs.add_parser(
+        "mounts", help="Show what live mounts have fetched and cached; restart them."
+    )
+    p.add_argument("mountpoint", nargs="*", help="only these (default: all of this user)")
+    p.add_argument(
+        "--restart", action="store_true",
+        help="have them go on with the program as it is installed now; no reader notices",
+    )  # fmt: skip
     p.add_argument("--json", action="store_true", help="print JSON")
 
     p = verbs.add_parser("completion", help="Print a completion script for a shell.")

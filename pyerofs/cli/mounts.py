@@ -1,19 +1,30 @@
-"""``pyerofs mounts``: show how much live mounts have fetched and cached."""
+"""``pyerofs mounts``: show how much live mounts have fetched and cached; restart their programs."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
+import sys
 import time
 from typing import Any
 
 from pyerofs.cli.common import print_json
+from pyerofs.errors import ErofsError
+from pyerofs.system.keeper import RESTART
 from pyerofs.system.status import live
 from pyerofs.units import format_size
 
+PATIENCE = 15.0  # seconds in which a restarted program has to be ready
+
 
 def mounts(args: argparse.Namespace) -> int:
-    """List the live mounts of this user (root: of all users)."""
+    """List the live mounts of this user (root: of all users), or those that are named."""
     found = list(live())
+    if args.mountpoint:
+        found = [_find(found, os.path.abspath(path)) for path in args.mountpoint]
+    if args.restart:
+        return _restart(found)
     if args.json:
         print_json(found)
         return 0
@@ -41,3 +52,68 @@ def _described(source: dict[str, Any]) -> str:
     if "verified" in source:
         line += ", verified" if source["verified"] else ", not verified yet"
     return line
+
+
+def _find(statuses: list[dict[str, Any]], mountpoint: str) -> dict[str, Any]:
+    """The status of the mount at a path.  Raises ErofsError."""
+    for status in statuses:
+        if status["mountpoint"] == mountpoint:
+            return status
+    raise ErofsError(f"{mountpoint}: pyerofs has mounted nothing there (see `pyerofs mounts`)")
+
+
+def _restart(statuses: list[dict[str, Any]]) -> int:
+    """Have mounts execute their programs anew; exit status 1 if one of them fails."""
+    failed = 0
+    for status in statuses:
+        where = status["mountpoint"]
+        try:
+            now = _restarted(status)
+        except ErofsError as e:
+            print(f"pyerofs: {where}: {e}", file=sys.stderr)
+            failed = 1
+        else:
+            print(f"{where}: now served by pyerofs {now.get('version', '?')}")
+    return failed
+
+
+def _restarted(status: dict[str, Any]) -> dict[str, Any]:
+    """Restart one mount; returns its new status.  Raises ErofsError."""
+    keeper = status.get("keeper")
+    if keeper is None:
+        raise ErofsError(
+            "can't be restarted: that takes the direct engine of pyerofs-fuse, and Linux 6.9"
+        )
+    _signal(keeper, status["owner"])
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        time.sleep(0.02)
+        found = [now for now in live() if _same(now, status)]
+        old = [now for now in found if now.get("restarts", 0) <= status.get("restarts", 0)]
+        if found and not old:
+            return found[0]
+        if any(now.get("keeper") != keeper for now in old):
+            raise ErofsError("the new program has failed (see its log); the old one goes on")
+    raise ErofsError(f"not restarted within {PATIENCE:.0f} s; its log (syslog) may say why")
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two statuses are of the same mount."""
+    return all(one[key] == other[key] for key in ("mountpoint", "owner"))
+
+
+def _signal(pid: int, owner: int) -> None:
+    """Ask a keeper to restart, if it is a process of the mount's owner: anybody can write a status
+    with another's number.  Raises ErofsError."""
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError as e:
+        raise ErofsError(f"its keeper (pid {pid}): {e.strerror}") from None
+    try:
+        if os.stat(f"/proc/{pid}").st_uid != owner:
+            raise ErofsError(f"its keeper (pid {pid}) is no process of its owner")
+        signal.pidfd_send_signal(fd, RESTART)
+    except OSError as e:
+        raise ErofsError(f"its keeper (pid {pid}): {e.strerror}") from None
+    finally:
+        os.close(fd)

@@ -57,6 +57,23 @@ def open_sources(
     return opened
 
 
+def open_files(spec: SourceSpec) -> list[FileSource]:
+    """Open the files of an image on this machine (see ``is_near``) and of its devices.
+
+    Raises SourceError."""
+    return [_open_file(item.what) for item in (spec, *spec.devices)]
+
+
+def images_in(files: Sequence[FileSource], spec: SourceSpec) -> list[Source]:
+    """An image and its devices, which own their files: what is encoded as an Android sparse image, or
+    starts at an offset.  Raises SourceError."""
+    sources: list[Source] = []
+    for file, item in zip(files, (spec, *spec.devices), strict=True):
+        source = unsparsed(file)
+        sources.append(_slice(source, item.offset) if item.offset else source)
+    return sources
+
+
 async def open_async(spec: SourceSpec, access: Access, nursery: trio.Nursery) -> list[AsyncSource]:
     """Open the image that a spec names, and its devices.  ``nursery`` runs the tasks that fetch in the
     background; cancel it before closing the sources.
@@ -122,10 +139,15 @@ def named(what: Openable, offset: int, devices: Sequence[Openable]) -> list[Open
 
 
 def _file(path: str | os.PathLike[str]) -> Source:
+    """Open an image in a file on this machine.  Raises SourceError."""
+    return unsparsed(_open_file(path))
+
+
+def _open_file(path: str | os.PathLike[str]) -> FileSource:
     """Open a file on this machine.  Raises SourceError, with a hint if the path looks like an image
     reference."""
     try:
-        return unsparsed(FileSource(path))
+        return FileSource(path)
     except SourceNotFound as e:
         text = os.fsdecode(path)
         if not _looks_like_reference(text):
@@ -157,9 +179,10 @@ def _slice(source: Source, offset: int) -> Source:
         raise
 
 
-def pinned_spec(spec: SourceSpec, sources: Sequence[AsyncSource]) -> SourceSpec:
-    """A spec of exactly the bytes that were opened, with digests in place of tags."""
-    primary, *devices = (source.pinned for source in sources)
+def pinned_spec(spec: SourceSpec, pins: Sequence[SourceSpec | None]) -> SourceSpec:
+    """A spec of exactly the bytes that were opened, with digests in place of tags.  ``pins``: what
+    ``AsyncSource.pinned`` says of the image and of each device."""
+    primary, *devices = pins
     pinned = tuple(p or d for p, d in zip(devices, spec.devices, strict=True))
     return replace(primary or spec, devices=pinned)
 

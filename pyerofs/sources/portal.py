@@ -12,6 +12,7 @@ import trio
 
 from pyerofs.errors import SourceError
 from pyerofs.sources.base import AsyncSource, Buffer, Verifiable
+from pyerofs.sources.spec import SourceSpec
 
 # opens sources; what they run in the background goes into the nursery, which is cancelled before they
 # are closed
@@ -120,6 +121,11 @@ class BlockingSource:
     @property
     def backing(self) -> tuple[int, int] | None:
         return self._inner.backing
+
+    @property
+    def pinned(self) -> SourceSpec | None:
+        """See ``AsyncSource.pinned``."""
+        return self._inner.pinned
 
     def peek(self, offset: int, length: int) -> Buffer | None:
         return None if self._session is None else self._inner.peek(offset, length)

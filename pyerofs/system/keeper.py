@@ -9,7 +9,8 @@ answer any request; one that was answered already is refused by the kernel, whic
 A server writes into shared memory which request it is working on.  From that the keeper learns which
 request has killed a server again and again, and whether a server is stuck.
 
-If the keeper dies, its first server takes its place.
+If the keeper dies, its first server takes its place.  On RESTART the keeper executes its program anew,
+perhaps a newer version: the old servers go on until one of the new ones is ready.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, NoReturn
 
 from pyerofs.system.daemon import STOPS, heeded
@@ -39,7 +41,9 @@ STUCK_AFTER = 30.0  # seconds that one request, or all that wait, may take a ser
 MAX_DEATHS = 3  # of servers that worked on the same request, before it is answered with EIO
 MAX_FAILURES = 8  # servers in a row that never were ready, before the keeper gives up
 DELAYS = (0.0, 0.02, 0.1, 0.3, 1.0)  # seconds before a start, by the failures before it
+RESTART = signal.SIGUSR1  # asks a keeper to execute its program anew
 ORPHANED = signal.SIGUSR2  # sent to a server whose keeper has died
+RELIEF = 0.02  # seconds between two looks whether a new server is ready to replace old ones
 GRACE = 1.0  # seconds for servers to end by themselves when the mount has gone
 # The other servers of a keeper that has died end when they notice that, perhaps with a request in hand
 INHERITED_LOOKS = 5
@@ -92,6 +96,15 @@ class Server(NamedTuple):
     number: int = 0
 
 
+class Predecessor(NamedTuple):
+    """What the keeper that ran in this process before has left.
+
+    ``servers``: the process numbers of its servers.  ``poisoned``: see Server."""
+
+    servers: Collection[int] = ()
+    poisoned: Collection[int] = ()
+
+
 class _Process:
     """A server process, seen from its keeper."""
 
@@ -138,6 +151,9 @@ class Keeper:
         heirs: bool = True,
         patience: float = STUCK_AFTER,
         failures: int = MAX_FAILURES,
+        keeping: Callable[[], AbstractContextManager[None]] = nullcontext,
+        execute: Callable[[Predecessor], None] | None = None,
+        predecessor: Predecessor | None = None,
     ) -> None:
         """``fd``: /dev/fuse, after INIT.  ``serve`` runs in a forked process, and returns when the
         mount has gone.  ``unmount`` is called on a stop signal.
@@ -146,7 +162,9 @@ class Keeper:
         mount.  ``threads``: how many of each server answer requests.  ``heirs``: whether a server
         can take the keeper's place; it must have no other threads then.  Else servers go on without
         a keeper.  ``patience``: seconds that a request may take.  ``failures``: servers in a row
-        that may die before they are ready."""
+        that may die before they are ready.  ``keeping``: entered by each process that is the keeper,
+        for as long as it is.  ``execute`` is called on RESTART: executes the program anew, or raises
+        OSError.  ``predecessor``: the keeper that ran in this process before."""
         self._fd = fd
         self._serve = serve
         self._unmount = unmount
@@ -157,9 +175,13 @@ class Keeper:
         words = memoryview(mmap.mmap(-1, 16 * servers * threads)).cast("Q")
         slots = [Slot(words[2 * i : 2 * i + 2]) for i in range(servers * threads)]
         self._slots = [slots[i : i + threads] for i in range(0, len(slots), threads)]
+        self._keeping = keeping
+        self._execute = execute
         self._processes: dict[int, _Process] = {}
         self._deaths: Counter[int] = Counter()
-        self._poisoned: set[int] = set()
+        self._to_relieve = predecessor is not None
+        self._old = set(() if predecessor is None else predecessor.servers)  # of the keeper before
+        self._poisoned = set(() if predecessor is None else predecessor.poisoned)
         self._failures = 0
         # how many requests all servers had begun, and since when they begin none although some wait
         self._begun, self._idle_since = 0, time.monotonic()
@@ -171,22 +193,34 @@ class Keeper:
 
         Raises ServersFailed where no server can be kept.  Leaves no process."""
         waited = {signal.SIGCHLD, *heeded(*STOPS)}
+        if self._execute is not None:
+            waited.add(RESTART)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, waited)
         try:
             for slots in self._slots:
                 self._start(slots)
             started()
-            return self._watch(waited)
+            ended = self._watch(waited) if self._to_relieve else None
+            if ended is None:
+                with self._keeping():
+                    ended = self._watch(waited)
+            return bool(ended)
         finally:
             for process in [*self._processes.values()]:
                 self._kill(process)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def _watch(self, waited: Collection[signal.Signals]) -> bool:
+    def _watch(self, waited: Collection[signal.Signals]) -> bool | None:
+        """Keep servers until the mount has gone (True) or was unmounted (False), or until they have
+        relieved old ones (None)."""
         while True:
-            found = signal.sigtimedwait(waited, CHECK)
+            found = signal.sigtimedwait(waited, RELIEF if self._to_relieve else CHECK)
+            if self._to_relieve and self._relieve():
+                return None
             if found is None:
                 self._look()
+            elif found.si_signo == RESTART:
+                self._restart()
             elif found.si_signo != signal.SIGCHLD:
                 log.info("stopping on signal %d", found.si_signo)
                 self._unmount()
@@ -203,6 +237,25 @@ class Keeper:
                 for pid in [*self._processes]:
                     if os.waitpid(pid, os.WNOHANG)[0]:
                         del self._processes[pid]
+
+    def _restart(self) -> None:
+        """Execute the program anew; goes on if that fails."""
+        assert self._execute is not None
+        log.info("restarting")
+        try:
+            self._execute(Predecessor([*self._processes, *self._old], sorted(self._poisoned)))
+        except OSError as e:
+            log.error("can't restart: %s", e)
+
+    def _relieve(self) -> bool:
+        """End the servers of the keeper before, once a new one is ready; whether that is so."""
+        if all(process.begun == process.first for process in self._processes.values()):
+            return False
+        self._to_relieve = False
+        for pid in self._old:
+            os.kill(pid, signal.SIGKILL)  # a child, not waited for: the number is still its own
+        self._send_again()
+        return True
 
     # the life of a server ----------------------------------------------------------------
 
@@ -223,7 +276,7 @@ class Keeper:
 
     def _become_server(self, keeper: int, slots: Sequence[Slot]) -> NoReturn:
         """Serve, in a forked process; on the keeper's death, keep."""
-        self._processes = {}
+        self._processes, self._old, self._to_relieve = {}, set(), False
         number = next(i for i, own in enumerate(self._slots) if own is slots)
         for stop in STOPS:
             signal.signal(stop, signal.SIG_IGN)  # the keeper ends the servers
@@ -254,6 +307,7 @@ class Keeper:
                 break
             process = self._processes.pop(pid, None)
             if process is None:
+                self._old.discard(pid)
                 continue
             if status == 0:
                 return True

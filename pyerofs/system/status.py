@@ -25,9 +25,10 @@ MAX_SOURCES = 100  # read of one mount
 RUN_USER = "/run/user"
 ROOT_DIRECTORY = "/run/pyerofs"
 
-_TEXTS = ("command", "mountpoint", "source", "name")
+_TEXTS = ("command", "version", "mountpoint", "source", "name")
 _NUMBERS = (
-    "pid", "since", "fetching", "size", "cached", "requests", "fetched", "retries",
+    "pid", "keeper", "restarts", "since",
+    "fetching", "size", "cached", "requests", "fetched", "retries",
 )  # fmt: skip
 _FLAGS = ("complete", "verified", "protected")
 
@@ -64,12 +65,12 @@ def _owned(path: str, uid: int) -> bool:
 class StatusFile:
     """The status file of this process's mount, locked until it is closed.
 
-    The lock is shared with processes that are forked from this one."""
+    The lock is shared with processes that are forked from this one, until they ``leave``."""
 
     def __init__(self, about: dict[str, Any]) -> None:
-        """Make the file.  Raises OSError."""
-        self._about = about | {"pid": os.getpid(), "since": int(time.time())}
-        self._name = f"{os.getpid()}.json"
+        """Make the file.  ``about``: what does not change.  Raises OSError."""
+        self._about = {"since": int(time.time())} | about | {"pid": os.getpid()}
+        self._name = f"{os.getpid()}-{time.monotonic_ns()}.json"  # new after an exec, too
         self._folder = _opened(directory(), os.getuid(), create=True)
         self._fd = self._folder.open_file(self._name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         self._written = b""
@@ -95,6 +96,10 @@ class StatusFile:
     def close(self) -> None:
         """Remove the file."""
         self._folder.unlink_same(self._name, self._fd)
+        self.leave()
+
+    def leave(self) -> None:
+        """Called in a process that was forked from the file's own: don't share its lock any more."""
         os.close(self._fd)
 
 
@@ -116,7 +121,8 @@ async def publish(about: dict[str, Any], sources: Callable[[], list[dict[str, An
 
 
 def live() -> Iterator[dict[str, Any]]:
-    """The status of each live mount of this user (root: of all users), checked by ``checked``."""
+    """The status of each live mount of this user (root: of all users), checked by ``checked``; with the
+    uid of its ``owner``."""
     for path, owner in _places():
         try:
             folder = _opened(path, owner, create=False)
@@ -125,7 +131,7 @@ def live() -> Iterator[dict[str, Any]]:
             continue
         for name in names:
             if name.endswith(".json") and (found := _read(folder, name)) is not None:
-                yield found
+                yield found | {"owner": owner}
 
 
 def _opened(path: str, owner: int, *, create: bool) -> PrivateDirectory:

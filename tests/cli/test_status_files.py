@@ -41,8 +41,9 @@ SOURCE: dict[str, Any] = {
     "requests": 3, "fetched": 1 << 19, "retries": 0,
 }  # fmt: skip
 MOUNT: dict[str, Any] = {
-    "command": "pyerofs-fuse", "mountpoint": "/mnt/user", "source": "https://host.test/image",
-    "pid": 4242, "since": 1_700_000_000, "sources": [SOURCE], "fetching": 1.5,
+    "command": "pyerofs-fuse", "version": "1.0", "mountpoint": "/mnt/user",
+    "source": "https://host.test/image", "pid": 4242, "keeper": 4241, "restarts": 1,
+    "since": 1_700_000_000, "sources": [SOURCE], "fetching": 1.5,
 }  # fmt: skip
 
 needs_root = pytest.mark.skipif(not IS_ROOT, reason="only root reads what others have written")
@@ -517,8 +518,8 @@ def test_a_user_without_a_runtime_directory(unpatched: Machine, fallback: Path) 
         assert is_found()
         found = fallback.lstat()
         assert (found.st_mode & 0o7777, found.st_uid) == (0o700, USER)
-        assert f"{process.pid}.json" in os.listdir(fallback)
-        assert (fallback / f"{process.pid}.json").stat().st_mode & 0o7777 == 0o600
+        assert [n for n in os.listdir(fallback) if n.startswith(f"{process.pid}-")]
+        assert next(fallback.glob(f"{process.pid}-*")).stat().st_mode & 0o7777 == 0o600
 
 
 def test_mounts_of_before_a_session(unpatched: Machine, fallback: Path) -> None:

@@ -37,7 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [
         item
         for item in items
-        if "test_keeper.py" not in item.nodeid or "[pyfuse3" not in item.nodeid
+        if "[pyfuse3" not in item.nodeid
+        or not any(name in item.nodeid for name in ("test_keeper.py", "test_restart.py"))
     ]
 
 

@@ -224,8 +224,8 @@ def test_what_the_processes_have_open(mount: Path) -> None:
         }
 
 
-def mount_altered(change: str, where: Path, tmp_path: Path) -> None:
-    """Mount by a command that has changed its own code before it runs."""
+def alter(change: str, tmp_path: Path) -> Path:
+    """A program that changes the code of pyerofs-fuse before it runs it."""
     program = tmp_path / "altered.py"
     program.write_text(
         "import os, sys, time\n"
@@ -236,6 +236,12 @@ def mount_altered(change: str, where: Path, tmp_path: Path) -> None:
         "sys.argv[:2] = sys.argv[1:2]\n"
         "run()\n"
     )
+    return program
+
+
+def mount_altered(change: str, where: Path, tmp_path: Path) -> None:
+    """Mount by a command that has changed its own code before it runs."""
+    program = alter(change, tmp_path)
     done = subprocess.run(
         [sys.executable, program, COMMAND, IMAGE, where], capture_output=True, timeout=60
     )

@@ -17,12 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pyerofs.errors import ErofsError, SourceError
 from pyerofs.format.model import ENCODED, PLAIN
 from pyerofs.image import Image
 from pyerofs.image import open as open_image
 from pyerofs.sources.base import hint
+from pyerofs.sources.open import pinned_spec
 from pyerofs.sources.portal import BlockingSource
 from pyerofs.sources.spec import Access, SourceSpec
 from pyerofs.system.daemon import STOPS, heeded
@@ -39,29 +41,49 @@ MAX_REPORT = 64 << 10
 class FarImage:
     """What servers need to open an image, and what the first one reports of it."""
 
-    def __init__(self, spec: SourceSpec, access: Access, cache_size: int) -> None:
+    def __init__(
+        self,
+        spec: SourceSpec,
+        access: Access,
+        cache_size: int,
+        known: dict[str, Any] | None = None,
+    ) -> None:
+        """``known``: what an earlier server has opened, as ``self.known`` was then."""
+        self._name = spec.name
         self._spec = spec
         self._access = access
         self._cache_size = cache_size
-        self._known: dict[str, str] | None = None  # what the first server has opened
+        self.known: dict[str, Any] | None = None  # what the first server has opened
+        if known is not None:
+            self._learn(known)
         self._reports, self._report = os.pipe()
 
     def open(self) -> Image:
         """Called in a server.  Raises ErofsError.  Blocks as long as a download takes."""
-        first = self._known is None
+        first = self.known is None
         try:
             image = self._open()
         except ErofsError as e:
             if first:
                 os.write(self._report, json.dumps({"error": str(e)}).encode()[:MAX_REPORT])
             raise
-        found = _identity(image)
+        found = {"spec": self._pinned(image).to_json(), "heads": _heads(image)}
         if first:
+            self._learn(found)
             os.write(self._report, json.dumps(found).encode())
-        elif found != self._known:
+        elif self.known is not None and found["heads"] != self.known["heads"]:
             image.close()
-            raise SourceError(f"{self._spec.name}: is not what was mounted any more")
+            raise SourceError(f"{self._name}: is not what was mounted any more")
         return image
+
+    def _pinned(self, image: Image) -> SourceSpec:
+        """The spec of the very bytes that were opened, as far as digests can tell."""
+        pins = [s.pinned if isinstance(s, BlockingSource) else None for s in image.sources]
+        return pinned_spec(self._spec, pins)
+
+    def _learn(self, found: dict[str, Any]) -> None:
+        self.known = found
+        self._spec = SourceSpec.from_json(found["spec"])
 
     def _open(self) -> Image:
         waiting = Download()
@@ -76,6 +98,8 @@ class FarImage:
 
         Raises OpenFailed; KeyboardInterrupt on a stop signal.  These signals and SIGCHLD must be
         blocked."""
+        if self.known is not None:
+            return
         poll = select.poll()
         poll.register(self._reports, select.POLLIN)
         while not poll.poll(100):
@@ -87,16 +111,13 @@ class FarImage:
         found = json.loads(os.read(self._reports, MAX_REPORT))
         if "error" in found:
             raise OpenFailed(found["error"])
-        self._known = found
+        self._learn(found)
 
 
-def _identity(image: Image) -> dict[str, str]:
-    """What tells an image from another: sizes, digests that are known, and how each source begins."""
-    found = {}
-    for number, source in enumerate(image.sources):
-        head = source.read_at(0, min(HEAD, source.size))
-        found[str(number)] = f"{source.size} {hashlib.sha256(head).hexdigest()}"
-    return found
+def _heads(image: Image) -> list[str]:
+    """What tells sources from others that have the same name: sizes, and how each begins."""
+    heads = [(source.size, source.read_at(0, min(HEAD, source.size))) for source in image.sources]
+    return [f"{size} {hashlib.sha256(head).hexdigest()}" for size, head in heads]
 
 
 def prefetch(image: Image, paths: Sequence[str]) -> None:
@@ -116,8 +137,9 @@ def prefetch(image: Image, paths: Sequence[str]) -> None:
     threading.Thread(target=work, name="prefetch", daemon=True).start()
 
 
-def publish(about: dict[str, str], image: Image, is_orphan: Callable[[], bool]) -> None:
-    """Maintain a status file in a thread, for as long as this process lives."""
+def publish(about: dict[str, Any], image: Image, facts: Callable[[], dict[str, int]]) -> None:
+    """Maintain a status file in a thread, for as long as this process lives.  ``facts``: what else may
+    change."""
 
     def work() -> None:
         try:
@@ -126,7 +148,7 @@ def publish(about: dict[str, str], image: Image, is_orphan: Callable[[], bool]) 
             return
         while True:
             far = [source for source in image.sources if isinstance(source, BlockingSource)]
-            file.write([source.status() for source in far], protected=not is_orphan())
+            file.write([source.status() for source in far], **facts())
             time.sleep(PERIOD)
 
     threading.Thread(target=work, name="status", daemon=True).start()

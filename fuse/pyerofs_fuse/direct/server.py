@@ -27,12 +27,12 @@ from pyerofs_fuse.answers import Answers, Refused
 from pyerofs_fuse.direct.assist import Bell
 from pyerofs_fuse.direct.encode import Encoder
 from pyerofs_fuse.direct.listings import Clients, Form, Listings
+from pyerofs_fuse.direct.record import Record
 
 log = logging.getLogger("pyerofs-fuse")
 
 MAX_READERS = 256  # files whose last read is remembered
 NEAR = 4 << 20  # bytes that a read may be away from the last one and still continue it: read-ahead
-MAX_RECORDED = 1 << 20  # opened files that are recorded
 NO_ENTRY = wire.ENTRY.pack(0, 0, wire.FOREVER, 0, 0, 0, *(0,) * 16)
 FS_IOC_GETFSLABEL = 0x81009431
 LABEL_SIZE = 256
@@ -58,17 +58,17 @@ class Request:
 class Session:
     """What was agreed with the kernel at INIT, and what the mount's options ask for.
 
-    ``owner``: with allow_root, the user who may enter beside root.  ``record``: collect the nids of the
+    ``owner``: with allow_root, the user who may enter beside root.  ``record``: takes the nids of the
     files that are opened."""
 
     init: wire.Init
     owner: int | None = None
-    record: bool = False
+    record: Record | None = None
 
     @property
     def opens(self) -> bool:
         """Whether OPEN has to be answered each time: to be recorded or refused, or for old kernels."""
-        asked = self.record or self.owner is not None
+        asked = self.record is not None or self.owner is not None
         return asked or not self.init.flags & Flag.NO_OPEN_SUPPORT
 
     @property
@@ -84,7 +84,6 @@ class DirectServer:
         self, fd: int, answers: Answers, session: Session, bell: Bell | None = None
     ) -> None:
         """``bell``: wakes the other servers of the mount, if there are any."""
-        self.opened: dict[int, None] = {}  # with ``record``: nids in the order of opening
         self._fd = fd
         self._bell = bell
         self._answers = answers
@@ -249,8 +248,8 @@ class DirectServer:
         inode = self._answers.file(request.node)
         if not self._session.opens:
             raise Refused(errno.ENOSYS)
-        if self._session.record and len(self.opened) < MAX_RECORDED:
-            self.opened[inode.nid] = None
+        if self._session.record is not None:
+            self._session.record.add(inode.nid)
         return (wire.OPEN_OUT.pack(0, wire.FOPEN_KEEP_CACHE, 0),)
 
     def _read(self, request: Request) -> Payload:

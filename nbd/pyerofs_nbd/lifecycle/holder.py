@@ -181,7 +181,7 @@ class _Devices:
             combined = await flat.combine(devices)
             is_flat = combined is not None
             devices = [combined] if combined is not None else devices
-        spec = pinned_spec(spec, self._sources)
+        spec = pinned_spec(spec, [source.pinned for source in self._sources])
         prints = [await _fingerprint(source) for source in devices]
         if parameters.known is None:
             for i, found in enumerate(prints):

@@ -51,6 +51,11 @@ class FileSource:
         self._nowait = RWF_NOWAIT
 
     @property
+    def descriptor(self) -> int:
+        """The open descriptor; -1 after ``close``."""
+        return self._fd
+
+    @property
     def backing(self) -> tuple[int, int] | None:
         return self._fd, 0
 
