@@ -1,5 +1,6 @@
 # demo: set everything up and mount an image.  test: set everything up and run all tests.
 # quick: what to run after each change.  fmt: put the code into its form.
+# bench-compare BASE=COMMIT: is this tree slower than that commit?
 # coverage: which lines the tests of the library and the command run.  docs: build/docs/index.html.
 VENV ?= .venv
 
@@ -7,7 +8,7 @@ VENV ?= .venv
 # takes a quarter of that directory's time.  With it, make quick takes more than a minute.
 SLOW = --ignore=tests/unit/test_aio.py
 
-.PHONY: demo test quick lint fmt coverage docs bench wheel clean
+.PHONY: demo test quick lint fmt coverage docs bench bench-compare wheel clean
 
 demo:
 	scripts/setup .venv
@@ -43,6 +44,10 @@ docs:
 bench:
 	scripts/setup $(VENV)
 	$(VENV)/bin/python benchmarks/run.py
+
+bench-compare:
+	scripts/setup $(VENV)
+	$(VENV)/bin/python benchmarks/compare.py $(BASE) $(COMPARE)
 
 wheel:
 	scripts/setup $(VENV)

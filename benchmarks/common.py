@@ -130,7 +130,7 @@ class _Watch:
 
     def _look(self) -> None:
         while self._child.returncode is None:
-            self.peak = max(self.peak, memory(self._child.pid, "VmHWM"))
+            self.peak = max(self.peak, peak_memory(self._child.pid))
             time.sleep(0.02)
 
     def _drain(self) -> None:
@@ -144,11 +144,20 @@ class _Watch:
         return self._errors
 
 
-def memory(pid: int, what: str = "VmRSS") -> float:
-    """Memory of a process in MiB, or 0 if it is gone.  VmRSS: now; VmHWM: at its peak."""
+def memory(pid: int) -> float:
+    """Memory of a process in MiB, or 0 if it is gone: what n processes share counts 1/n for each."""
+    return _mib(f"/proc/{pid}/smaps_rollup", "Pss:")
+
+
+def peak_memory(pid: int) -> float:
+    """The most memory that a process has had so far, in MiB, with all that it shares."""
+    return _mib(f"/proc/{pid}/status", "VmHWM:")
+
+
+def _mib(path: str, field: str) -> float:
     with suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith(what + ":"):
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(field):
                 return int(line.split()[1]) / 1024
     return 0.0
 

@@ -40,7 +40,7 @@ MOUNT, LOOKUP, WALK, LOAD, MEMORY = (
     ("look up a random name", "us"),
     ("walk + lstat, per entry", "us"),
     ("read a random page", "us"),
-    ("daemon peak memory", "MiB"),
+    ("daemon memory", "MiB"),
 )
 
 Add = Callable[[tuple[str, str], float], None]
@@ -129,8 +129,8 @@ def measure(report: Report, args: Any, subject: str, image: Path, probe: Probe) 
                 with Mount(system, image) as m:
                     add(MOUNT, m.first_ls * 1e3)
                     probe(m, add)
-                    if peak := m.peak():
-                        add(MEMORY, peak)
+                    if used := m.memory():
+                        add(MEMORY, used)
             except (CannotMount, OSError) as e:
                 report.note(f"{system.name} fails on {subject}: {e}")
 

@@ -1,6 +1,7 @@
 """The images to measure with: ready ones, or made of a directory tree with mkfs.erofs.
 
-``tree-CODEC`` holds many files, ``big-CODEC`` one of 256 MiB, put together from what the tree has.
+``tree-CODEC`` holds many files, ``big-CODEC`` one of 256 MiB, put together from what the tree has,
+``wide-none`` a directory of 100,000 empty files.
 A tree beyond 1 GB is trimmed: a hash of each path decides whether it is taken.
 """
 
@@ -24,6 +25,7 @@ TREE_CODECS = ("lz4hc", "zstd", "none")  # zstd with fragments and deduplication
 
 TREE_SIZE = 1_000_000_000
 BIG_SIZE = 256 << 20
+WIDE_COUNT = 100_000
 QUICK = 16  # times smaller
 
 
@@ -45,15 +47,15 @@ class Images:
                 words.append("-Efragments,dedupe")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                make(path, words, self._tree if kind == "tree" else self._big)
+                make(path, words, {"tree": self._tree, "big": self._big, "wide": self._wide}[kind])
             except (OSError, CannotMake) as e:
                 self._report.note(f"{name} can't be made, and is skipped: {e}")
                 return None
         return path
 
     def all(self, kind: str, codecs: Sequence[str] = CODECS) -> dict[str, Path]:
-        """Those of a kind (tree, big) that there are."""
-        names = [f"{kind}-{c}" for c in codecs if kind == "big" or c in TREE_CODECS]
+        """Those of a kind (tree, big, wide) that there are."""
+        names = [f"{kind}-{c}" for c in codecs if kind != "tree" or c in TREE_CODECS]
         found = {name: self.get(name) for name in names}
         return {name: path for name, path in found.items() if path is not None}
 
@@ -94,6 +96,16 @@ class Images:
             if not left:
                 break
         stream.write(bytes(-size % 512 + 1024))
+
+    def _wide(self, stream: BinaryIO) -> None:
+        """A directory of empty files."""
+        info = tarfile.TarInfo("wide")
+        info.type, info.mode = tarfile.DIRTYPE, 0o755
+        stream.write(info.tobuf(tarfile.USTAR_FORMAT))
+        for number in range(WIDE_COUNT // self._shrink):
+            info = tarfile.TarInfo(f"wide/file-{number:06}")
+            stream.write(info.tobuf(tarfile.USTAR_FORMAT))
+        stream.write(bytes(1024))
 
 
 class CannotMake(Exception):

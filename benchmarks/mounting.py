@@ -127,12 +127,8 @@ class Mount:
         return sum(map(cpu, self._pids))
 
     def memory(self) -> float:
-        """MiB the daemon has now; 0 if there is none.  What processes share counts for each."""
+        """MiB the daemon has now, with all its processes; 0 if there is none."""
         return sum(map(memory, self._pids))
-
-    def peak(self) -> float:
-        """The most MiB the daemon has had, counted like that."""
-        return sum(memory(pid, "VmHWM") for pid in self._pids)
 
     def _clean(self) -> None:
         if self.path.is_mount():
@@ -181,6 +177,11 @@ def walk(top: Path | str) -> list[str]:
                 elif entry.is_file(follow_symlinks=False):
                     files.append(entry.path)
     return files
+
+
+def names(top: Path | str) -> int:
+    """List everything below a directory, as find(1) does; returns how many names that were."""
+    return sum(len(directories) + len(files) for _, directories, files in os.walk(top))
 
 
 def read_files(paths: list[str]) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mounting import (
     Mount,
     System,
     commands,
+    names,
     read_files,
     walk,
 )
@@ -33,8 +35,10 @@ SAMPLE_SIZE = 256 << 20  # bytes of files that several processes read
 SAMPLE_FILES = (64 << 10, 8 << 20)  # from this size up to that
 RANDOM_READS = 2000
 PAGE = 4096
-TREE_PROBES = ("walk", "files", "processes-1", "processes-2", "processes-4")
+TREE_PROBES = ("walk", "names", "files", "processes-1", "processes-2", "processes-4")
 BIG_PROBES = ("sequential", "random")
+WIDE_PROBES = ("wide",)
+PROBES = (*TREE_PROBES, *BIG_PROBES, *WIDE_PROBES)
 QUICK_CODECS = ("zstd", "none")
 
 Add = Callable[[str, str, float], None]  # what, unit, value
@@ -60,8 +64,8 @@ class Probes:
         add(what, "MB/s", found[0] / seconds / 1e6)
         if (after := m.cpu()) > before:
             add(f"{what}: daemon CPU", "s", after - before)
-        if peak := m.peak():
-            add(f"{what}: daemon peak memory", "MiB", peak)
+        if used := m.memory():
+            add(f"{what}: daemon memory", "MiB", used)
 
 
 class Tree(Probes):
@@ -71,11 +75,15 @@ class Tree(Probes):
         super().__init__()
         self._sample = sample(image, SAMPLE_SIZE // shrink)
         processes = [partial(self._processes, n) for n in (1, 2, 4)]
-        self.probes = dict(zip(TREE_PROBES, [self._walk, self._files, *processes], strict=True))
+        work: list[Probe] = [self._walk, self._names, self._files, *processes]
+        self.probes = dict(zip(TREE_PROBES, work, strict=True))
 
     def _walk(self, m: Mount, add: Add) -> None:
         add("walk + lstat, fresh", "s", timed(walk, m.path))
         add("walk + lstat, again", "s", timed(walk, m.path))
+
+    def _names(self, m: Mount, add: Add) -> None:
+        add("list all names, fresh", "s", timed(names, m.path))
 
     def _files(self, m: Mount, add: Add) -> None:
         self.read("walk + read every file", m, add, lambda: read_files(walk(m.path)))
@@ -129,6 +137,20 @@ class Big(Probes):
             os.close(fd)
 
 
+class Wide(Probes):
+    """One directory with many entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probes = dict(zip(WIDE_PROBES, [self._list], strict=True))
+
+    def _list(self, m: Mount, add: Add) -> None:
+        command = ["ls", "-f", str(m.path / "wide")]
+        add("ls -f, fresh", "s", timed(partial(subprocess.run, command, stdout=subprocess.DEVNULL)))
+        if used := m.memory():
+            add("ls -f: daemon memory", "MiB", used)
+
+
 def sample(image: Path, size: int) -> dict[str, int]:
     """Some files of a tree, the largest first, with their sizes."""
     with pyerofs.open(image) as tree:
@@ -149,9 +171,10 @@ def sample(image: Path, size: int) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def measure(kind: Probes, images: dict[str, Path], args: Any, report: Report) -> None:
+def measure(
+    kind: Probes, images: dict[str, Path], systems: list[System], args: Any, report: Report
+) -> None:
     """Run the probes on the images in rounds, in which all systems take turns."""
-    systems = [s for s in commands(report) if s.name in args.systems]
     probes = {what: probe for what, probe in kind.probes.items() if what in args.only}
     for number in range(args.rounds):
         for what, probe in probes.items():
@@ -176,6 +199,19 @@ def one(system: System, image: Path, name: str, probe: Probe, args: Any, report:
         report.note(f"{system.name} fails on {name}: {e}")
 
 
+def measure_all(systems: list[System], codecs: Sequence[str], args: Any, report: Report) -> None:
+    """Run all probes that ``args.only`` names."""
+    images = Images(args, report)
+    shrink = QUICK if args.quick else 1
+    if set(args.only) & set(TREE_PROBES) and (found := images.all("tree", codecs)):
+        tree = Tree(list(found.values())[-1], shrink=shrink)
+        measure(tree, found, systems, args, report)
+    if set(args.only) & set(BIG_PROBES) and (found := images.all("big", codecs)):
+        measure(Big(shrink=shrink), found, systems, args, report)
+    if set(args.only) & set(WIDE_PROBES) and (found := images.all("wide", ("none",))):
+        measure(Wide(), found, systems, args, report)
+
+
 def main() -> None:
     """Measure, report."""
 
@@ -184,8 +220,8 @@ def main() -> None:
 
     parser = options(__doc__)
     parser.add_argument(
-        "--only", type=words, metavar="WHAT,...", default=[*TREE_PROBES, *BIG_PROBES],
-        help=f"what to measure, of {', '.join([*TREE_PROBES, *BIG_PROBES])}",
+        "--only", type=words, metavar="WHAT,...", default=list(PROBES),
+        help=f"what to measure, of {', '.join(PROBES)}",
     )  # fmt: skip
     parser.add_argument(
         "--codecs", type=words, metavar="CODEC,...", default=None,
@@ -207,12 +243,8 @@ def main() -> None:
     report = Report("mounts", "Mounted images", SYSTEMS, (EROFSFUSE,))
     state = "on disk, all caches empty" if args.cold else "in the page cache"
     report.note(f"each measurement has a new mount; the image is {state}")
-    images = Images(args, report)
-    shrink = QUICK if args.quick else 1
-    if set(args.only) & set(TREE_PROBES) and (found := images.all("tree", codecs)):
-        measure(Tree(list(found.values())[-1], shrink=shrink), found, args, report)
-    if set(args.only) & set(BIG_PROBES) and (found := images.all("big", codecs)):
-        measure(Big(shrink=shrink), found, args, report)
+    systems = [s for s in commands(report) if s.name in args.systems]
+    measure_all(systems, codecs, args, report)
     report.finish(args)
 
 
