@@ -83,7 +83,7 @@ class Tree(Probes):
         add("walk + lstat, again", "s", timed(walk, m.path))
 
     def _names(self, m: Mount, add: Add) -> None:
-        add("list all names, fresh", "s", timed(names, m.path))
+        add("find, fresh", "s", timed(names, m.path))
 
     def _files(self, m: Mount, add: Add) -> None:
         self.read("walk + read every file", m, add, lambda: read_files(walk(m.path)))

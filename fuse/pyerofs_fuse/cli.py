@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ MAX_LIST = 16 << 20  # characters read of a list of paths
 
 def run() -> None:
     """The command's entry point."""
+    gc.disable()  # until the mount is live: what start-up makes stays, so collections find nothing
     open_standard_streams()
     sys.exit(main(sys.argv[1:]))
 

@@ -59,8 +59,8 @@ def tune() -> None:
         2e-4
     )  # a finished decoder thread waits no longer for the GIL than a request takes
     keep_freed_memory()
-    gc.collect()
-    gc.freeze()  # later collections need not look at what was made at start-up, which stays
+    gc.freeze()  # collections need not look at what was made at start-up, which stays
+    gc.enable()
 
 
 def _is_ours(mountpoint: str) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -107,7 +106,7 @@ class PrivateDirectory:
 
     def write(self, name: str, data: bytes) -> None:
         """Create or replace a file atomically."""
-        temporary = f".new-{secrets.token_hex(8)}"
+        temporary = f".new-{os.urandom(8).hex()}"
         fd = self.open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             with open(fd, "wb") as f:
@@ -150,7 +149,7 @@ class PrivateDirectory:
         try:
             return os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
         except OSError:  # not every file system supports O_TMPFILE
-            name = f".new-{secrets.token_hex(8)}"
+            name = f".new-{os.urandom(8).hex()}"
             fd = self.open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             self.unlink(name)
             return fd

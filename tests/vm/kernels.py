@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,9 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 SUITES = {"6.1": "bookworm", "6.12": "bookworm-backports"}
 # what the guest needs until it has its root file system, and erofs; nbd stays out: `pyerofs-nbd`
 # is to load it
-MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "crc32c_generic", "libcrc32c", "erofs")
+MODULES = (
+    "virtio_pci", "9pnet_virtio", "9p", "overlay", "crc32c_generic", "libcrc32c", "erofs", "fuse",
+)  # fmt: skip
 LATER = "nbd"
 
 
@@ -57,7 +60,7 @@ def cache() -> Path:
 
 def kernel(version: str) -> Kernel:
     """A kernel, fetched if it is not there yet (100 MB).  Raises Unavailable."""
-    where = cache() / version
+    where = cache() / f"{version}-{zlib.crc32(' '.join(MODULES).encode()):08x}"
     if not (where / "release").exists():
         cache().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache(), prefix="fetching-") as scratch:

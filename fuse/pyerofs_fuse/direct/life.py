@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,17 +23,17 @@ from pyerofs.system.fuse import mounting, wire
 from pyerofs.system.fuse.mounting import HelperError, Mounted
 from pyerofs.system.fuse.wire import Flag, Init, Opcode
 from pyerofs.system.keeper import Keeper, Predecessor, Server
-from pyerofs.system.status import StatusFile
 from pyerofs_fuse.answers import Answers
 from pyerofs_fuse.direct.assist import Bell
-from pyerofs_fuse.direct.handover import Handover, execute, plain, received
-from pyerofs_fuse.direct.record import Record
 from pyerofs_fuse.direct.server import DirectServer, Session, run_threads
 from pyerofs_fuse.mount import Job, MountError, OpenFailed, check, explain, read_ahead, tune
 from pyerofs_fuse.options import Options, mount_words
 
 if TYPE_CHECKING:
+    from pyerofs.system.status import StatusFile
     from pyerofs_fuse.direct.far import FarImage
+    from pyerofs_fuse.direct.handover import Handover
+    from pyerofs_fuse.direct.record import Record
 
 MAX_SERVERS = 4  # of a near image: each costs memory; clients and the kernel need CPUs, too
 FAR_THREADS = 8  # reads that may wait for the network at once
@@ -63,6 +62,10 @@ def resume(memory: int, program: list[str]) -> None:
     """Go on with a mount that the program which ran in this process before has handed over.
     ``memory``: the descriptor of what it has written.  A failure is logged and ends the process; the
     old servers go on then."""
+    import socket
+
+    from pyerofs_fuse.direct.handover import received
+
     found = received(memory)
     with suppress(OSError), open("/proc/self/comm", "w") as f:
         f.write("pyerofs-fuse")  # not the interpreter's name
@@ -241,8 +244,10 @@ class Live:
         self._mounted = mounted
         self.fd = mounted.fd
         owner = os.getuid() if "allow_root" in options.fuse else None
-        self._record = None
+        self._record: Record | None = None
         if options.record is not None:
+            from pyerofs_fuse.direct.record import Record
+
             self._record = Record(options.record, None if before is None else before.record)
         self.session = Session(init, owner, self._record)
         self.resend = bool(init.flags & Flag.HAS_RESEND)
@@ -288,6 +293,8 @@ class Live:
     @contextmanager
     def published(self, sources: list[dict[str, object]]) -> Iterator[None]:
         """The status file of a keeper, which is optional."""
+        from pyerofs.system.status import StatusFile  # late: the mount is live by now
+
         try:
             self._status = StatusFile(self.about)
         except OSError:
@@ -304,6 +311,8 @@ class Live:
         self, left: Predecessor, images: Sequence[int], known: dict[str, Any] | None = None
     ) -> None:
         """Execute the program anew, which goes on with the mount.  Raises OSError."""
+        from pyerofs_fuse.direct.handover import Handover, execute, plain
+
         init, guard = self.session.init, self._mounted.guard
         handover = Handover(
             options=plain(self.options, without="source"),

@@ -10,7 +10,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass
-from enum import Enum
+from enum import IntEnum
+from itertools import accumulate
 from typing import TypeVar
 
 from pyerofs.format.memory import ByteCache
@@ -28,12 +29,15 @@ MAX_DIRECTORIES = 1024  # listed without attributes, that are remembered
 SMALL = 1  # blocks of a directory that is listed with attributes at a client's first look
 
 
-class Form(Enum):
+_KINDS = {file_type: mode >> 12 for file_type, mode in MODE_OF_FT.items()}  # d_type
+
+
+class Form(IntEnum):
     """How entries are encoded."""
 
-    PLAIN = "plain"  # READDIR
-    BARE = "bare"  # READDIRPLUS; directories with attributes, all else without
-    FULL = "full"  # READDIRPLUS, with attributes
+    PLAIN = 0  # READDIR
+    BARE = 1  # READDIRPLUS; directories with attributes, all else without
+    FULL = 2  # READDIRPLUS, with attributes
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,9 @@ class Listings:
         size = self._answers.volume.sb.directory_block_size
         index, inside = divmod(cookie, size)
         blocks = self._answers.blocks_of(parent)
-        while index <= blocks:
-            block = self._block(parent, index, form)
+        end_index = blocks + parent.dot_omitted  # then a block with ``.`` follows
+        while index < end_index:
+            block = self._block(parent, index, form, end_index)
             first = bisect_right(block.cookies, cookie) if inside else 0
             start = block.ends[first - 1] if first else 0
             last = bisect_right(block.ends, start + room)
@@ -77,36 +82,34 @@ class Listings:
             inside = 0
         return found
 
-    def _block(self, parent: Inode, index: int, form: Form) -> Block:
+    def _block(self, parent: Inode, index: int, form: Form, count: int) -> Block:
+        """One of ``count`` blocks.  An only block is not cached: the kernel asks for it once."""
         key = parent.nid, index, form
-        block = self._blocks.get(key)
+        block = self._blocks.get(key) if count > 1 else None
         if block is None:
             if index < self._answers.blocks_of(parent):
                 block = self._encoded(self._answers.entries(parent, index), form)
             else:
                 dot = self._answers.dot(parent)
                 block = self._encoded([] if dot is None else [dot], form)
-            self._blocks.put(key, block)
+            if count > 1:
+                self._blocks.put(key, block)
         return block
 
     def _encoded(self, entries: list[Dirent], form: Form) -> Block:
         answers, encoder = self._answers, self._encoder
         encode = encoder.plain if form is Form.PLAIN else encoder.bare
+        full, bare = form is Form.FULL, form is Form.BARE
         parts = []
-        ends = []
-        end = 0
         for name, nid, file_type, cookie in entries:
-            kind = MODE_OF_FT.get(file_type, 0) >> 12
             inode = None
-            if form is Form.FULL or (form is Form.BARE and file_type == FT_DIR):
+            if full or (bare and file_type == FT_DIR):
                 inode = answers.entry_inode(name, nid)
             if inode is None:
-                part = encode(name, cookie, kind, answers.number(nid))
+                parts.append(encode(name, cookie, _KINDS.get(file_type, 0), answers.number(nid)))
             else:
-                part = encoder.full(name, cookie, kind, inode)
-            parts.append(part)
-            end += len(part)
-            ends.append(end)
+                parts.append(encoder.full(name, cookie, _KINDS.get(file_type, 0), inode))
+        ends = [*accumulate(map(len, parts))]
         return Block([entry.cookie for entry in entries], ends, b"".join(parts))
 
 

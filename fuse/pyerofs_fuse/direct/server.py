@@ -10,10 +10,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import threading
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from time import perf_counter
+from typing import TYPE_CHECKING, TypeAlias
 
 from pyerofs.errors import ErofsError
 from pyerofs.format.data import Cut
@@ -27,11 +29,14 @@ from pyerofs_fuse.answers import Answers, Refused
 from pyerofs_fuse.direct.assist import Bell
 from pyerofs_fuse.direct.encode import Encoder
 from pyerofs_fuse.direct.listings import Clients, Form, Listings
-from pyerofs_fuse.direct.record import Record
+
+if TYPE_CHECKING:
+    from pyerofs_fuse.direct.record import Record
 
 log = logging.getLogger("pyerofs-fuse")
 
 MAX_READERS = 256  # files whose last read is remembered
+AWAKE = 80e-6  # seconds: about twice what a client needs between two requests, and to be woken
 NEAR = 4 << 20  # bytes that a read may be away from the last one and still continue it: read-ahead
 NO_ENTRY = wire.ENTRY.pack(0, 0, wire.FOREVER, 0, 0, 0, *(0,) * 16)
 FS_IOC_GETFSLABEL = 0x81009431
@@ -85,6 +90,8 @@ class DirectServer:
     ) -> None:
         """``bell``: wakes the other servers of the mount, if there are any."""
         self._fd = fd
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
         self._bell = bell
         self._answers = answers
         self._session = session
@@ -127,9 +134,14 @@ class DirectServer:
         slot.ready()
         assistant = server.number - 1  # -1: the first server
         bell = self._bell
+        soon = False  # whether the last request came within AWAKE
         while True:
-            if assistant >= 0 and bell is not None:
-                bell.wait(assistant)
+            if bell is not None:  # there are several processors
+                if assistant >= 0:
+                    bell.wait(assistant)
+                elif soon:
+                    soon = self._stay_awake()
+            start = perf_counter()
             try:
                 if readv(fd, buffers) < wire.HEADER.size:
                     return  # not from the kernel, whose requests are whole
@@ -139,6 +151,7 @@ class DirectServer:
                 if e.errno in (errno.ENOENT, errno.EAGAIN):  # the request was interrupted
                     continue
                 raise
+            soon = soon or perf_counter() - start < AWAKE
             length, request.opcode, unique, request.node, request.uid, _, request.pid, _, _ = (
                 header(buffer)
             )
@@ -157,6 +170,17 @@ class DirectServer:
                 if e.errno != errno.ENOENT:
                     raise
             slot.end()
+
+    def _stay_awake(self) -> bool:
+        """Look out for the next request, for AWAKE at most, so that a client which asks one thing after
+        another need not wait until this process is woken; whether there is one.  Other processes go
+        first."""
+        is_there, end = self._poll.poll, perf_counter() + AWAKE
+        while not is_there(0):
+            if perf_counter() > end:
+                return False
+            os.sched_yield()
+        return True
 
     def _answer(self, request: Request, poisoned: Container[int]) -> tuple[Payload, int]:
         """The payload of the reply, and the errno or 0.  Raises nothing that the image causes."""
