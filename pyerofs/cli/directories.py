@@ -9,19 +9,20 @@ from contextlib import contextmanager
 from pyerofs.format.tree import Place
 
 OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-STEP = 32  # levels between directories that stay open on the way down
+NEAR = 32  # levels at the top, of which each directory on the way stays open
+STEP = 32  # levels between those that stay open further down
 
 
 class Directories:
     """Opens the directories of Places below a target directory.  For one thread.
 
-    The paths of a deep tree exceed PATH_MAX, so a directory is opened component by component.  Some
-    directories on the way stay open, as shortcuts to others below them."""
+    The paths of a deep tree exceed PATH_MAX, so a directory is opened component by component.  Those on
+    the way to the last one stay open, as shortcuts to what lies beside and below them."""
 
     def __init__(self, root: int) -> None:
         """``root``: the target's descriptor, which the caller closes."""
         self._root = root
-        self._kept: list[tuple[Place, int]] = []  # each below the one before
+        self._kept: dict[Place, int] = {}  # each is below the one before
 
     @contextmanager
     def opened(self, place: Place) -> Iterator[int]:
@@ -33,25 +34,27 @@ class Directories:
             os.close(fd)
 
     def _open(self, place: Place) -> int:
-        way = []  # from the place up to an open directory, or the root
-        open_places = {id(kept): fd for kept, fd in self._kept}
+        way = []  # from the place up to one that was kept, or to the root
         here = place
-        while here.parent is not None and id(here) not in open_places:
+        while here.parent is not None and here not in self._kept:
             way.append(here)
             here = here.parent
-        while self._kept and self._kept[-1][0].depth > here.depth:
-            os.close(self._kept.pop()[1])
-        fd = os.dup(open_places.get(id(here), self._root))
+        self._forget(here.depth)
+        fd = os.dup(self._kept.get(here, self._root))
         for deeper in reversed(way):
             try:
                 below = os.open(deeper.name, OPEN, dir_fd=fd)
             finally:
                 os.close(fd)
             fd = below
-            if deeper.depth % STEP == 0:
-                self._kept.append((deeper, os.dup(fd)))
+            if deeper.depth <= NEAR or deeper.depth % STEP == 0:
+                self._kept[deeper] = os.dup(fd)
         return fd
 
+    def _forget(self, depth: int) -> None:
+        """Close those that are deeper."""
+        while self._kept and (last := next(reversed(self._kept))).depth > depth:
+            os.close(self._kept.pop(last))
+
     def close(self) -> None:
-        while self._kept:
-            os.close(self._kept.pop()[1])
+        self._forget(0)

@@ -16,6 +16,7 @@ import stat
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from typing import TypeVar, TypeVarTuple
 
@@ -105,6 +106,15 @@ class Extractor:
 
     def run(self, paths: list[bytes]) -> None:
         """Extract the whole tree, or the given paths with their parents."""
+        with closing(self._directories):
+            self._make_all(paths)
+            for place, name, nid in self._links:
+                self._try(place.shown(name), self._link, place, name, nid)
+            for place, nid in reversed(self._unfinished):
+                self._try(place.shown(), self._finish_directory, place, nid)
+
+    def _make_all(self, paths: list[bytes]) -> None:
+        """Make everything but further names of files, and the attributes of directories."""
         self._workers = hire(self._batch, self._found, self._image.superblock.inodes)
         try:
             if not paths:
@@ -119,11 +129,6 @@ class Extractor:
             self.failures += failures
             self.skipped += skipped
             self._made |= made
-        for place, name, nid in self._links:
-            self._try(place.shown(name), self._link, place, name, nid)
-        for place, nid in reversed(self._unfinished):
-            self._try(place.shown(), self._finish_directory, place, nid)
-        self._directories.close()
 
     def _found(self) -> Found:
         return self.failures, self.skipped, self._made
