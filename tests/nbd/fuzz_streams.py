@@ -120,6 +120,9 @@ class _Channel:
         self.closed = False
         self._pieces = [memoryview(piece) for piece in reversed(pieces) if piece]
 
+    def look_out(self, seconds: float) -> None:
+        pass
+
     async def receive(self, into: memoryview) -> int:
         await trio.lowlevel.checkpoint()
         if not self._pieces:

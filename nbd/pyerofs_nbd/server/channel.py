@@ -8,10 +8,12 @@ If the client has disconnected, any call raises one of GONE, or ``receive`` retu
 from __future__ import annotations
 
 import os
+import select
 import socket
 import ssl
 from collections.abc import Sequence
 from math import inf
+from time import perf_counter
 from typing import Protocol
 
 import trio
@@ -36,6 +38,10 @@ class Channel(Protocol):
 
     async def send(self, parts: Sequence[Buffer], *, more: bool = False) -> None:
         """Send all parts.  ``more``: whether further data follows at once."""
+
+    def look_out(self, seconds: float) -> None:
+        """Return when there is something to receive, or after this time at the latest.  Blocks the
+        event loop; does nothing where a kind of channel can't do it."""
 
     @property
     def sends_files(self) -> bool:
@@ -63,6 +69,13 @@ class SocketChannel:
         self.sock = sock
         self.stalled = inf
         self._fd = sock.fileno()
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
+
+    def look_out(self, seconds: float) -> None:
+        is_there, end = self._poll.poll, perf_counter() + seconds
+        while not is_there(0) and perf_counter() < end:
+            os.sched_yield()  # other processes go first: the client, for one
 
     async def receive(self, into: memoryview) -> int:
         sock = self.sock
@@ -126,6 +139,9 @@ class PipeChannel:
         for fd, _ in self._was:
             os.set_blocking(fd, False)
 
+    def look_out(self, seconds: float) -> None:
+        pass
+
     async def receive(self, into: memoryview) -> int:
         while True:
             try:
@@ -179,6 +195,9 @@ class TlsChannel:
     async def shake_hands(self) -> None:
         """Do the TLS handshake.  Raises what GONE lists."""
         await self._stream.do_handshake()
+
+    def look_out(self, seconds: float) -> None:
+        pass
 
     async def receive(self, into: memoryview) -> int:
         found = await self._stream.receive_some(min(len(into), CHUNK))

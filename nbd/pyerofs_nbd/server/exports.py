@@ -13,12 +13,14 @@ is a file that shrinks or fails during ``sendfile``: it ends the connection.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf
+from time import perf_counter
 from typing import TypeAlias
 
 import trio
@@ -44,6 +46,10 @@ TURN = 32  # requests after which other tasks run
 LARGE = 1 << 20  # bytes; larger reads are charged to the budgets before they are in memory
 MAX_REQUESTS = 256  # in flight, of one connection; Linux sends at most 128
 MAX_BYTES = 64 << 20  # the same in bytes: two of the largest reads
+# Seconds in which an only client is expected to ask again.  Until then the event loop does not sleep:
+# to wake it takes longer than to answer.
+AWAKE = 80e-6
+SEVERAL_PROCESSORS = len(os.sched_getaffinity(0)) > 1
 ALL_BYTES = 256 << 20  # of all connections
 LOG_EVERY = 1.0  # seconds between two lines about failing reads of one export
 
@@ -97,6 +103,11 @@ class Server:
         self._greeting: dict[trio.CancelScope, float] = {}  # handshakes, and when they began
         self._serving: dict[_Transmission, None] = {}
         self._served = {id(e): _Served(e) for e in exports}
+
+    @property
+    def serves_one(self) -> bool:
+        """Whether there is a single connection, and a processor for it and one for its client."""
+        return len(self._serving) == 1 and SEVERAL_PROCESSORS
 
     # --- connections --------------------------------------------------------------------------
 
@@ -339,6 +350,7 @@ class _Transmission:
         buffer[: len(left)] = left
         filled, received = 0, len(left)
         since = 0
+        soon = False  # whether the last requests came within AWAKE
         while True:
             if not received:
                 if self._server.releasing and not filled and decoder.between:
@@ -348,7 +360,11 @@ class _Transmission:
                     if since >= TURN:
                         since = 0
                         await trio.lowlevel.checkpoint()
+                    start = perf_counter()
+                    if soon and self._server.serves_one:
+                        self.channel.look_out(AWAKE)
                     received = await self.channel.receive(buffer[filled:])
+                    soon = perf_counter() - start < AWAKE
                 except trio.ClosedResourceError:
                     if self._server.releasing:
                         continue
