@@ -11,18 +11,19 @@ from typing import Any
 
 from pyerofs.cli.common import print_json
 from pyerofs.errors import ErofsError
+from pyerofs.system import mountinfo
 from pyerofs.system.keeper import RESTART
 from pyerofs.system.status import live
 from pyerofs.units import format_size
 
+MOMENT = 3.0  # seconds
 PATIENCE = 15.0  # seconds in which a restarted program has to be ready
 
 
 def mounts(args: argparse.Namespace) -> int:
     """List the live mounts of this user (root: of all users), or those that are named."""
-    found = list(live())
-    if args.mountpoint:
-        found = [_find(found, os.path.abspath(path)) for path in args.mountpoint]
+    named = [_find(os.path.abspath(path)) for path in args.mountpoint]
+    found = named or list(live())
     if args.restart:
         return _restart(found)
     if args.json:
@@ -54,12 +55,18 @@ def _described(source: dict[str, Any]) -> str:
     return line
 
 
-def _find(statuses: list[dict[str, Any]], mountpoint: str) -> dict[str, Any]:
-    """The status of the mount at a path.  Raises ErofsError."""
-    for status in statuses:
-        if status["mountpoint"] == mountpoint:
-            return status
-    raise ErofsError(f"{mountpoint}: pyerofs has mounted nothing there (see `pyerofs mounts`)")
+def _find(mountpoint: str) -> dict[str, Any]:
+    """The status of the mount at a path, which is there a moment after the mount.  Raises ErofsError."""
+    end = time.monotonic() + MOMENT
+    while True:
+        for status in live():
+            if status["mountpoint"] == mountpoint:
+                return status
+        if mountinfo.topmost(mountpoint) is None or time.monotonic() > end:
+            raise ErofsError(
+                f"{mountpoint}: pyerofs has mounted nothing there (see `pyerofs mounts`)"
+            )
+        time.sleep(0.05)
 
 
 def _restart(statuses: list[dict[str, Any]]) -> int:

@@ -34,8 +34,15 @@ def test_everything_is_there(kernel: str, options: tuple[str, ...], tmp_path: Pa
 
 
 def is_protected(where: Path) -> bool:
-    (found,) = (status for status in live() if status["mountpoint"] == os.fspath(where))
-    return bool(found["protected"])
+    """What the status says, which is there a moment after the mount."""
+    found: list[bool] = []
+
+    def look() -> list[bool]:
+        found.extend(s["protected"] for s in live() if s["mountpoint"] == os.fspath(where))
+        return found
+
+    assert wait_until(look)
+    return found[0]
 
 
 def restart(where: Path) -> subprocess.CompletedProcess[str]:
@@ -63,6 +70,7 @@ def test_servers_are_killed(tmp_path: Path) -> None:
 @NEW
 def test_the_program_is_restarted(tmp_path: Path) -> None:
     with mounted(WANT, tmp_path / "mnt", "--engine=direct") as where:
+        assert is_protected(where)
         assert restart(where).returncode == 0
         forget_caches()
         assert differences(WANT, entries_below(where)) == []
