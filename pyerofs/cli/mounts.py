@@ -56,7 +56,7 @@ def _described(source: dict[str, Any]) -> str:
 
 
 def _find(mountpoint: str) -> dict[str, Any]:
-    """The status of the mount at a path, which is there a moment after the mount.  Raises ErofsError."""
+    """The status of the mount at a path; it is there a moment after the mount.  Raises ErofsError."""
     end = time.monotonic() + MOMENT
     while True:
         for status in live():
