@@ -135,15 +135,13 @@ async def _background(job: Job, image: AsyncImage) -> None:
 
 
 async def _announce(job: Job, operations: Operations) -> None:
-    """Report success once the mount has answered a request: then the mount is live, and the kernel
-    has negotiated its read-ahead, which can be changed only afterwards."""
-    mountpoint = job.options.mountpoint
-    await operations.greeted.wait()
-    try:
-        await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
-    except OSError as e:
-        log.warning("%s: %s", mountpoint, e.strerror)
-    read_ahead(mountpoint)
+    """Report success once INIT has been answered: then the mount is live, and the kernel has negotiated
+    its read-ahead, which can be changed only afterwards.
+
+    The mount itself is not looked at.  Were this process killed meanwhile, the thread that waits for an
+    answer would keep /dev/fuse open, and wait for ever."""
+    await operations.greeted.wait()  # this task goes on when pyfuse3 waits for the next request
+    read_ahead(job.options.mountpoint)
     job.report.ready()
     log.info("mounted")
 
