@@ -28,8 +28,8 @@ ORDER: dict[str, list[str]] = {
         "path", "fsspec", "cli", "__main__",
     ],
     "pyerofs.system": [
-        "arguments", "libc", "mountinfo", "private", "streams", "progress", "daemon", "status", "fuse",
-        "keeper",
+        "arguments", "libc", "mountinfo", "private", "readiness", "streams", "progress", "daemon",
+        "status", "fuse", "keeper",
     ],
     "pyerofs.sources": [
         "base", "spec", "portal", "local", "net", "cache", "oci", "verity", "remote", "open",

@@ -30,6 +30,7 @@ from typing import NamedTuple, NoReturn
 from pyerofs.system.daemon import STOPS, heeded
 from pyerofs.system.fuse.wire import NOTIFY_RESEND, REPLY, RESENT
 from pyerofs.system.libc import signal_when_parent_dies
+from pyerofs.system.readiness import reading
 
 log = logging.getLogger("pyerofs")
 
@@ -381,9 +382,7 @@ def _raise_orphaned(number: int, frame: object) -> NoReturn:
 
 
 def _is_readable(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return any(events & select.POLLIN for _, events in poll.poll(0))
+    return any(events & select.POLLIN for _, events in reading(fd).poll(0))
 
 
 def _is_stopped(pid: int) -> bool:

@@ -120,7 +120,7 @@ class _Channel:
         self.closed = False
         self._pieces = [memoryview(piece) for piece in reversed(pieces) if piece]
 
-    def look_out(self, seconds: float) -> None:
+    def look_out(self) -> None:
         pass
 
     async def receive(self, into: memoryview) -> int:

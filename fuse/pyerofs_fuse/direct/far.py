@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import select
 import signal
 import threading
 import time
@@ -29,6 +28,7 @@ from pyerofs.sources.portal import BlockingSource
 from pyerofs.sources.spec import Access, SourceSpec
 from pyerofs.system.daemon import STOPS, heeded
 from pyerofs.system.progress import Download
+from pyerofs.system.readiness import reading
 from pyerofs.system.status import PERIOD, StatusFile
 from pyerofs_fuse.mount import OpenFailed
 
@@ -100,8 +100,7 @@ class FarImage:
         blocked."""
         if self.known is not None:
             return
-        poll = select.poll()
-        poll.register(self._reports, select.POLLIN)
+        poll = reading(self._reports)
         while not poll.poll(100):
             pending = signal.sigpending()
             if pending & {*heeded(*STOPS)}:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import select
 import threading
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pyerofs.sources.base import Buffer
 from pyerofs.system.fuse import wire
 from pyerofs.system.fuse.wire import Flag, Opcode
 from pyerofs.system.keeper import Server, Slot
+from pyerofs.system.readiness import AWAKE, look_out, reading
 from pyerofs_fuse.answers import Answers, Refused
 from pyerofs_fuse.direct.assist import Bell
 from pyerofs_fuse.direct.encode import Encoder
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("pyerofs-fuse")
 
 MAX_READERS = 256  # files whose last read is remembered
-AWAKE = 80e-6  # seconds: about twice what a client needs between two requests, and to be woken
 NEAR = 4 << 20  # bytes that a read may be away from the last one and still continue it: read-ahead
 NO_ENTRY = wire.ENTRY.pack(0, 0, wire.FOREVER, 0, 0, 0, *(0,) * 16)
 FS_IOC_GETFSLABEL = 0x81009431
@@ -90,8 +89,7 @@ class DirectServer:
     ) -> None:
         """``bell``: wakes the other servers of the mount, if there are any."""
         self._fd = fd
-        self._poll = select.poll()
-        self._poll.register(fd, select.POLLIN)
+        self._reading = reading(fd)
         self._bell = bell
         self._answers = answers
         self._session = session
@@ -140,7 +138,7 @@ class DirectServer:
                 if assistant >= 0:
                     bell.wait(assistant)
                 elif soon:
-                    soon = self._stay_awake()
+                    soon = look_out(self._reading)
             start = perf_counter()
             try:
                 if readv(fd, buffers) < wire.HEADER.size:
@@ -170,17 +168,6 @@ class DirectServer:
                 if e.errno != errno.ENOENT:
                     raise
             slot.end()
-
-    def _stay_awake(self) -> bool:
-        """Look out for the next request, for AWAKE at most, so that a client which asks one thing after
-        another need not wait until this process is woken; whether there is one.  Other processes go
-        first."""
-        is_there, end = self._poll.poll, perf_counter() + AWAKE
-        while not is_there(0):
-            if perf_counter() > end:
-                return False
-            os.sched_yield()
-        return True
 
     def _answer(self, request: Request, poisoned: Container[int]) -> tuple[Payload, int]:
         """The payload of the reply, and the errno or 0.  Raises nothing that the image causes."""

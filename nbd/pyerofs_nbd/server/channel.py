@@ -8,17 +8,16 @@ If the client has disconnected, any call raises one of GONE, or ``receive`` retu
 from __future__ import annotations
 
 import os
-import select
 import socket
 import ssl
 from collections.abc import Sequence
 from math import inf
-from time import perf_counter
 from typing import Protocol
 
 import trio
 
 from pyerofs.sources.base import Buffer
+from pyerofs.system.readiness import look_out, reading
 
 MAX_SENDFILE = 2 << 20  # bytes per call, which delays all other clients meanwhile
 CHUNK = 64 << 10  # bytes per call of a TLS stream, which copies them
@@ -39,9 +38,9 @@ class Channel(Protocol):
     async def send(self, parts: Sequence[Buffer], *, more: bool = False) -> None:
         """Send all parts.  ``more``: whether further data follows at once."""
 
-    def look_out(self, seconds: float) -> None:
-        """Return when there is something to receive, or after this time at the latest.  Blocks the
-        event loop; does nothing where a kind of channel can't do it."""
+    def look_out(self) -> None:
+        """Return when there is something to receive, or after AWAKE.  Blocks the event loop; does
+        nothing where a kind of channel can't do it."""
 
     @property
     def sends_files(self) -> bool:
@@ -69,13 +68,10 @@ class SocketChannel:
         self.sock = sock
         self.stalled = inf
         self._fd = sock.fileno()
-        self._poll = select.poll()
-        self._poll.register(self._fd, select.POLLIN)
+        self._reading = reading(self._fd)
 
-    def look_out(self, seconds: float) -> None:
-        is_there, end = self._poll.poll, perf_counter() + seconds
-        while not is_there(0) and perf_counter() < end:
-            os.sched_yield()  # other processes go first: the client, for one
+    def look_out(self) -> None:
+        look_out(self._reading)
 
     async def receive(self, into: memoryview) -> int:
         sock = self.sock
@@ -139,7 +135,7 @@ class PipeChannel:
         for fd, _ in self._was:
             os.set_blocking(fd, False)
 
-    def look_out(self, seconds: float) -> None:
+    def look_out(self) -> None:
         pass
 
     async def receive(self, into: memoryview) -> int:
@@ -196,7 +192,7 @@ class TlsChannel:
         """Do the TLS handshake.  Raises what GONE lists."""
         await self._stream.do_handshake()
 
-    def look_out(self, seconds: float) -> None:
+    def look_out(self) -> None:
         pass
 
     async def receive(self, into: memoryview) -> int:

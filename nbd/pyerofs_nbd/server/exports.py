@@ -27,6 +27,7 @@ import trio
 
 from pyerofs.errors import ErofsError
 from pyerofs.sources.base import AsyncSource, Buffer
+from pyerofs.system.readiness import AWAKE
 from pyerofs_nbd.server import holes
 from pyerofs_nbd.server import protocol as p
 from pyerofs_nbd.server.batch import SMALL, Batch
@@ -46,9 +47,6 @@ TURN = 32  # requests after which other tasks run
 LARGE = 1 << 20  # bytes; larger reads are charged to the budgets before they are in memory
 MAX_REQUESTS = 256  # in flight, of one connection; Linux sends at most 128
 MAX_BYTES = 64 << 20  # the same in bytes: two of the largest reads
-# Seconds in which an only client is expected to ask again.  Until then the event loop does not sleep:
-# to wake it takes longer than to answer.
-AWAKE = 80e-6
 SEVERAL_PROCESSORS = len(os.sched_getaffinity(0)) > 1
 ALL_BYTES = 256 << 20  # of all connections
 LOG_EVERY = 1.0  # seconds between two lines about failing reads of one export
@@ -362,7 +360,7 @@ class _Transmission:
                         await trio.lowlevel.checkpoint()
                     start = perf_counter()
                     if soon and self._server.serves_one:
-                        self.channel.look_out(AWAKE)
+                        self.channel.look_out()
                     received = await self.channel.receive(buffer[filled:])
                     soon = perf_counter() - start < AWAKE
                 except trio.ClosedResourceError:
