@@ -32,10 +32,9 @@ def open_source(what: Openable, access: Access | None = None) -> Source:
 
         return open_blocking(partial(open_async, spec, access or Access()))[0]
     if isinstance(what, SourceSpec):
-        source = _file(what.what)
-        return _slice(source, what.offset) if what.offset else source
+        return _image_in(_open_file(what.what), what.offset)
     if isinstance(what, (str, os.PathLike)):
-        return _file(what)
+        return _image_in(_open_file(what))
     if hasattr(what, "read_at"):
         return cast(Source, what)
     return unsparsed(FileObjectSource(what))
@@ -67,11 +66,8 @@ def open_files(spec: SourceSpec) -> list[FileSource]:
 def images_in(files: Sequence[FileSource], spec: SourceSpec) -> list[Source]:
     """An image and its devices, which own their files: what is encoded as an Android sparse image, or
     starts at an offset.  Raises SourceError."""
-    sources: list[Source] = []
-    for file, item in zip(files, (spec, *spec.devices), strict=True):
-        source = unsparsed(file)
-        sources.append(_slice(source, item.offset) if item.offset else source)
-    return sources
+    items = (spec, *spec.devices)
+    return [_image_in(file, item.offset) for file, item in zip(files, items, strict=True)]
 
 
 async def open_async(spec: SourceSpec, access: Access, nursery: trio.Nursery) -> list[AsyncSource]:
@@ -105,7 +101,7 @@ async def open_one(what: Openable, access: Access, nursery: trio.Nursery) -> Asy
 
         source = await open_remote(spec, access, nursery)
     else:
-        source = ThreadedSource(_file(spec.what))
+        source = ThreadedSource(_image_in(_open_file(spec.what)))
     try:
         if spec.verity is not None:
             from pyerofs.sources.verity import open_verity
@@ -138,11 +134,6 @@ def named(what: Openable, offset: int, devices: Sequence[Openable]) -> list[Open
     return [what, *devices]
 
 
-def _file(path: str | os.PathLike[str]) -> Source:
-    """Open an image in a file on this machine.  Raises SourceError."""
-    return unsparsed(_open_file(path))
-
-
 def _open_file(path: str | os.PathLike[str]) -> FileSource:
     """Open a file on this machine.  Raises SourceError, with a hint if the path looks like an image
     reference."""
@@ -168,6 +159,13 @@ def _looks_like_reference(text: str) -> bool:
     except SourceError:
         return False
     return True
+
+
+def _image_in(file: FileSource, offset: int = 0) -> Source:
+    """The image in a file, perhaps encoded as an Android sparse image, from ``offset`` on.  Raises
+    SourceError."""
+    source = unsparsed(file)
+    return _slice(source, offset) if offset else source
 
 
 def _slice(source: Source, offset: int) -> Source:
