@@ -164,8 +164,9 @@ class Keeper:
         can take the keeper's place; it must have no other threads then.  Else servers go on without
         a keeper.  ``patience``: seconds that a request may take.  ``failures``: servers in a row
         that may die before they are ready.  ``keeping``: entered by each process that is the keeper,
-        for as long as it is.  ``execute`` is called on RESTART: executes the program anew, or raises
-        OSError.  ``predecessor``: the keeper that ran in this process before."""
+        for as long as it is.  ``execute`` is called on RESTART, if the kernel can ``resend``:
+        executes the program anew, or raises OSError.  ``predecessor``: the keeper that ran in this
+        process before."""
         self._fd = fd
         self._serve = serve
         self._unmount = unmount
@@ -177,7 +178,7 @@ class Keeper:
         slots = [Slot(words[2 * i : 2 * i + 2]) for i in range(servers * threads)]
         self._slots = [slots[i : i + threads] for i in range(0, len(slots), threads)]
         self._keeping = keeping
-        self._execute = execute
+        self._execute = execute if resend else None  # else requests in hand would be lost
         self._processes: dict[int, _Process] = {}
         self._deaths: Counter[int] = Counter()
         self._to_relieve = predecessor is not None

@@ -92,7 +92,7 @@ def resume(memory: int, program: list[str]) -> None:
 
 
 class Resumed:
-    """The Report of a program that goes on with a mount: nobody waits for it."""
+    """The Report of a program that goes on with a mount: no command waits for it."""
 
     def ready(self) -> None:
         pass
@@ -161,7 +161,7 @@ def _keep_near(
         resend=live.resend,
         servers=servers,
         keeping=keeping,
-        execute=restart if live.resend else None,
+        execute=restart,
         predecessor=predecessor,
     ).run(live.announce)
 
@@ -221,7 +221,7 @@ def _keep_far(live: Live, far: FarImage, predecessor: Predecessor | None = None)
             heirs=False,
             patience=live.job.access.timeout + keeper.STUCK_AFTER,
             failures=FAR_FAILURES,
-            execute=restart if live.resend else None,
+            execute=restart,
             predecessor=predecessor,
         ).run(started)
     except (OpenFailed, KeyboardInterrupt):
