@@ -13,6 +13,9 @@ pytest.register_assert_rewrite("tests.fuse.mounting")
 
 from tests.fuse import mounting  # noqa: E402  after that
 from tests.fuse.mounting import COMMAND, cleaned  # noqa: E402  after that
+from tests.manifests import IMAGES  # noqa: E402  after that
+
+LZ4HC = IMAGES / "lz4hc.erofs"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,3 +50,18 @@ def where(tmp_path: Path) -> Iterator[Path]:
     """A mount point."""
     with cleaned(tmp_path / "mnt"):
         yield tmp_path / "mnt"
+
+
+@pytest.fixture
+def mount(where: Path) -> Iterator[Path]:
+    """A mount of LZ4HC, whose files ``want`` describes."""
+    with mounting.mounted(LZ4HC, where):
+        yield where
+
+
+@pytest.fixture(scope="module")
+def want(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The SHA-256 of every regular file of LZ4HC."""
+    where = tmp_path_factory.mktemp("want") / "mnt"
+    with mounting.mounted(LZ4HC, where):
+        return mounting.digests(where)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
 import signal
 import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from pyerofs.system.status import live
 from tests.fuse import libc
 from tests.helpers import words
 from tests.manifests import Manifest
@@ -193,6 +196,35 @@ def keeper(where: Path) -> int:
     """The process of a mount that all others come from."""
     pids = daemons(where)
     return next((pid for pid in pids if parent(pid) not in (*pids, 0)), 0)
+
+
+def servers(where: Path) -> list[int]:
+    """The other processes of a mount."""
+    main = keeper(where)
+    return [pid for pid in daemons(where) if pid != main]
+
+
+def status_of(where: Path) -> dict[str, Any]:
+    """What a mount publishes of itself; empty while there is nothing."""
+    return next((found for found in live() if found["mountpoint"] == os.fspath(where)), {})
+
+
+def restart(where: Path) -> subprocess.CompletedProcess[str]:
+    """``pyerofs mounts --restart``."""
+    words = [sys.executable, "-m", "pyerofs", "mounts", "--restart", os.fspath(where)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60)
+
+
+def digests(where: Path) -> dict[str, str]:
+    """The SHA-256 of every regular file."""
+    found = {}
+    for folder, _, names in os.walk(where):
+        for name in names:
+            path = os.path.join(folder, name)
+            if os.path.isfile(path) and not os.path.islink(path):
+                data = Path(path).read_bytes()
+                found[os.path.relpath(path, where)] = hashlib.sha256(data).hexdigest()
+    return found
 
 
 def parent(pid: int) -> int:

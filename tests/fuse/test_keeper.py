@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import random
 import signal
@@ -11,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,11 +20,13 @@ from tests.fuse.mounting import (
     COMMAND,
     PATIENCE,
     daemons,
+    digests,
     is_mounted,
     keeper,
     kill,
     mounted,
     parent,
+    servers,
     unmount,
     wait_until,
 )
@@ -35,26 +35,9 @@ from tests.manifests import IMAGES
 IMAGE = IMAGES / "lz4hc.erofs"
 
 
-def servers(where: Path) -> list[int]:
-    main = keeper(where)
-    return [pid for pid in daemons(where) if pid != main]
-
-
 def has_succeeded(where: Path, before: list[int]) -> bool:
     """Whether one of these servers has become the keeper, and has as many servers."""
     return keeper(where) in before and len(servers(where)) == len(before)
-
-
-def digests(where: Path) -> dict[str, str]:
-    """The SHA-256 of every regular file."""
-    found = {}
-    for folder, _, names in os.walk(where):
-        for name in names:
-            path = os.path.join(folder, name)
-            if os.path.isfile(path) and not os.path.islink(path):
-                data = Path(path).read_bytes()
-                found[os.path.relpath(path, where)] = hashlib.sha256(data).hexdigest()
-    return found
 
 
 READER = """
@@ -112,19 +95,6 @@ class Readers:
             assert process.returncode == 0, errors[-500:]
             total += int(output)
         return total
-
-
-@pytest.fixture(scope="module")
-def want(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    where = tmp_path_factory.mktemp("want") / "mnt"
-    with mounted(IMAGE, where):
-        return digests(where)
-
-
-@pytest.fixture
-def mount(where: Path) -> Iterator[Path]:
-    with mounted(IMAGE, where):
-        yield where
 
 
 def drop_caches() -> None:

@@ -6,49 +6,29 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pyerofs.system.status import live
 from tests.fuse.mounting import (
-    COMMAND,
     daemons,
+    digests,
     is_mounted,
     keeper,
     kill,
     mounted,
+    restart,
+    servers,
+    status_of,
     unmount,
     wait_until,
 )
-from tests.fuse.test_keeper import Readers, alter, digests, drop_caches, mount_altered, servers
+from tests.fuse.test_keeper import Readers, alter, drop_caches, mount_altered
 from tests.manifests import IMAGES
 
 IMAGE = IMAGES / "lz4hc.erofs"
-PYEROFS = COMMAND.with_name("pyerofs")
-
-
-@pytest.fixture
-def mount(where: Path) -> Iterator[Path]:
-    with mounted(IMAGE, where):
-        yield where
-
-
-@pytest.fixture(scope="module")
-def want(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    where = tmp_path_factory.mktemp("want") / "mnt"
-    with mounted(IMAGE, where):
-        return digests(where)
-
-
-def restart(*mountpoints: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [PYEROFS, "mounts", "--restart", *mountpoints], capture_output=True, text=True, timeout=60
-    )
 
 
 def have_ended(pids: list[int], where: Path) -> bool:
@@ -74,7 +54,7 @@ def test_readers_notice_nothing(mount: Path, want: dict[str, str]) -> None:
         drop_caches()
     assert readers.finish() > 0
     assert times > 1
-    (status,) = (status for status in live() if status["mountpoint"] == os.fspath(mount))
+    status = status_of(mount)
     assert (status["restarts"], status["protected"]) == (times, True)
     assert Path(f"/proc/{first}/comm").read_text() == "pyerofs-fuse\n"
     os.kill(servers(mount)[0], signal.SIGKILL)
@@ -147,6 +127,7 @@ def test_a_new_program_that_is_broken(
 ) -> None:
     """The old servers go on, and one of them becomes the keeper."""
     mount_altered("", where, tmp_path)
+    assert wait_until(lambda: status_of(where))
     before = status_of(where)
     alter(change, tmp_path)
     done = restart(where)
@@ -156,20 +137,12 @@ def test_a_new_program_that_is_broken(
     )
     drop_caches()
     assert digests(where) == want
+    assert wait_until(lambda: status_of(where))
     status = status_of(where)
     assert (status["restarts"], status["protected"]) == (0, True)
     assert status["pid"] != before["pid"]
     os.kill(status["pid"], signal.SIGTERM)
     assert wait_until(lambda: not is_mounted(where))
-
-
-def status_of(where: Path) -> dict[str, Any]:
-    for _ in range(100):
-        for status in live():
-            if status["mountpoint"] == os.fspath(where):
-                return status
-        time.sleep(0.05)
-    raise AssertionError(f"no status of {where}")
 
 
 def test_mounts_that_can_not_be_restarted(where: Path, tmp_path: Path) -> None:
@@ -178,7 +151,7 @@ def test_mounts_that_can_not_be_restarted(where: Path, tmp_path: Path) -> None:
     assert "pyerofs has mounted nothing there" in done.stderr
     pytest.importorskip("pyfuse3")
     with mounted(IMAGE, where, "--engine=pyfuse3"):
-        assert wait_until(lambda: any(s["mountpoint"] == os.fspath(where) for s in live()))
+        assert wait_until(lambda: status_of(where))
         done = restart(where)
     assert done.returncode == 1
     assert f"{where}: can't be restarted" in done.stderr

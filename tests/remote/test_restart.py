@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from pathlib import Path
-from typing import Any
 
-from pyerofs.system.status import live
-from tests.fuse.mounting import COMMAND, cleaned, daemons, keeper, unmount, wait_until
+from tests.fuse.mounting import (
+    cleaned,
+    daemons,
+    keeper,
+    restart,
+    status_of,
+    unmount,
+    wait_until,
+)
 from tests.remote import oci
 from tests.remote.pretend import Pretend, serve
 from tests.remote.reading import big
@@ -19,16 +24,6 @@ from tests.remote.test_mount import mount, pytestmark, read
 __all__ = ["pytestmark"]
 
 BIG = big()
-
-
-def restart(where: Path) -> subprocess.CompletedProcess[str]:
-    words: list[str | Path] = [COMMAND.with_name("pyerofs"), "mounts", "--restart", where]
-    return subprocess.run(words, capture_output=True, text=True, timeout=60)
-
-
-def status_of(where: Path) -> dict[str, Any]:
-    """The status of a mount; empty while there is none."""
-    return next((s for s in live() if s["mountpoint"] == os.fspath(where)), {})
 
 
 def test_a_restart_keeps_the_password_and_the_image(tmp_path: Path) -> None:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from pyerofs.system.status import live
-from tests.fuse.mounting import cleaned, daemons, keeper, mounted, unmount, wait_until
+from tests.fuse.mounting import (
+    cleaned,
+    daemons,
+    mounted,
+    restart,
+    servers,
+    status_of,
+    unmount,
+    wait_until,
+)
 from tests.manifests import differences, entries_below, golden
 from tests.vm.tools import forget_caches
 
@@ -35,26 +41,13 @@ def test_everything_is_there(kernel: str, options: tuple[str, ...], tmp_path: Pa
 
 def is_protected(where: Path) -> bool:
     """What the status says, which is there a moment after the mount."""
-    found: list[bool] = []
-
-    def look() -> list[bool]:
-        found.extend(s["protected"] for s in live() if s["mountpoint"] == os.fspath(where))
-        return found
-
-    assert wait_until(look)
-    return found[0]
-
-
-def restart(where: Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "pyerofs", "mounts", "--restart", os.fspath(where)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert wait_until(lambda: status_of(where))
+    return bool(status_of(where)["protected"])
 
 
 def kill_servers(where: Path) -> None:
-    main = keeper(where)
-    for pid in daemons(where):
-        if pid != main:
-            os.kill(pid, signal.SIGKILL)
+    for pid in servers(where):
+        os.kill(pid, signal.SIGKILL)
 
 
 @NEW
@@ -78,7 +71,7 @@ def test_the_program_is_restarted(tmp_path: Path) -> None:
 
 @OLD
 def test_a_server_is_killed_where_nothing_is_sent_again(tmp_path: Path) -> None:
-    """Nobody waits for ever: the mount is dead at once, and can be mounted over after unmounting."""
+    """Readers get an error at once; after unmounting, the image can be mounted there again."""
     with cleaned(tmp_path / "mnt") as where:
         with mounted(WANT, where, "--engine=direct"):
             assert not is_protected(where)
