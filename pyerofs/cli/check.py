@@ -119,12 +119,10 @@ class Checker:
             self._add("", f"{self.unread} files are on missing devices", None)
         del self.problems[MAX_PROBLEMS:]
         for nid, (place, name, nlink) in self._files.items():
-            if nlink != 1 + self._further.get(nid, 0):
-                self._add(
-                    tree.shown_path(place, name),
-                    f"link count {nlink}, {1 + self._further[nid]} names found",
-                    nid,
-                )
+            names = 1 + self._further.get(nid, 0)
+            if nlink != names:
+                path = tree.shown_path(place, name)
+                self._add(path, f"link count {nlink}, {names} names found", nid)
 
     def _share_work(self) -> None:
         """Walk the tree here while workers read its files."""

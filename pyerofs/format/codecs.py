@@ -102,7 +102,7 @@ def _native_lz4() -> Callable[[Buffer, int, int, bool], Buffer] | None:
             # src, dst, srcSize, targetOutputSize, dstCapacity
             n = first(start, address(at(out)), size, length, length)
         else:
-            out = new(None, length)  # not initialised, and nobody else can see it yet
+            out = new(None, length)  # not initialised; no other code has it yet
             n = whole(start, out, size, length)  # src, dst, compressedSize, dstCapacity
         if n != length:
             raise DecodeError(f"lz4: {n} bytes instead of {length}" if n >= 0 else "lz4: corrupt")

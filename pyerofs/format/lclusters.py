@@ -34,9 +34,10 @@ from pyerofs.format.ondisk import (
 PART = 1024
 MARGIN = 64  # lclusters on both sides that a part has as well, so that few pclusters do
 
-# Decoding a part takes as long as zmap takes for so many offsets.  A file may spend it in advance
-# for so many, 3 ms, then as fast as parts save it: if its parts don't fit into the cache, they cost
-# it no more than that.
+# Decoding a part takes as long as ``zmap`` takes to map COST offsets, and each lookup in a part saves
+# about one.  A file whose parts don't fit into the cache has them decoded again and again.  So it has a
+# credit of CREDIT offsets, 3 ms, which decoding reduces and lookups restore; without credit, ``zmap``
+# maps alone.
 COST = 2
 CREDIT = 256
 
